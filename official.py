@@ -1,0 +1,103 @@
+"""14. Published checkpoints → these modules, and the way back.
+
+The original ETRIS saves its whole state dict, frozen CLIP included, under its own names. One function says what each of
+our tensors is called there; reading and writing both go through it, so nothing can be left over or made up.
+"""
+
+import re
+
+from torch import Tensor
+
+from clip_model import CLIP, Size, UserError
+from etris import ETRIS, assemble
+
+RENAMES = [  # ours → the original's, tried in order on the whole name
+    (r"^clip\.", "backbone."),
+    (r"^connect\.", "backbone.visual.attnpool.connect."),
+    (r"^bridger\.(\d)\.interact_([vt])\.cross_attn\.", r"bridger.fusion_\2.\1.multihead_attn."),
+    (r"^bridger\.(\d)\.interact_([vt])\.", r"bridger.fusion_\2.\1."),
+    (r"^bridger\.(\d)\.(zoom_in|zoom_out)\.", r"bridger.\2.\1."),
+    (r"^bridger\.(\d)\.linear_in\.", r"bridger.linear1.\1."),
+    (r"^bridger\.(\d)\.linear_out\.", r"bridger.linear2.\1."),
+    (r"^hierarchical\.sentence\.", "neck.txt_proj."),
+    (r"^hierarchical\.merge\.", "neck.aggr."),
+    (r"^hierarchical\.coordinates\.0\.", "neck.coordconv.0.conv1."),
+    (r"^hierarchical\.coordinates\.1\.", "neck.coordconv.1."),
+    (r"^global_\.layers\.(\d)\.cross_attn\.", r"decoder.layers.\1.multihead_attn."),
+    (r"^global_\.layers\.(\d)\.(self|cross)_norm\.", r"decoder.layers.\1.\2_attn_norm."),
+    (r"^global_\.", "decoder."),
+    (r"^projector\.", "proj."),
+]
+
+
+def original_name(name: str, vit: bool, stages: list[str]) -> str:
+    """What the original ETRIS calls our tensor `name`. stages: the bridges there are, in order."""
+    if match := re.match(r"hierarchical\.(gates|project)\.(\d)\.(.*)", name):
+        number, rest = int(match[2]) + 3, match[3]  # it counts layer2, layer3, layer4 as features 3, 4, 5
+        return f"neck.fusion{number}.multihead_attn.{rest}" if match[1] == "gates" else f"neck.f{number}_proj.{rest}"
+    if match := re.match(r"bridger\.(\d)\.norm_([vt])\.(.*)", name):
+        return f"bridger.ln_{match[2]}.{stages.index(match[1]) - 1}.{match[3]}"
+    if not vit:  # a ResNet's zoom layers are bare convolutions there, one-element sequences here
+        name = re.sub(r"^(bridger\.\d\.zoom_(?:in|out))\.0\.", r"\1.", name)
+    for ours, theirs in RENAMES:
+        new, hit = re.subn(ours, theirs, name)
+        if hit:
+            return new
+    raise KeyError(name)
+
+
+def names(model: ETRIS) -> dict[str, str]:
+    """Our name → the original's, for every tensor of the model."""
+    vit, stages = model.clip.size.patch is not None, list(model.bridger)
+    return {name: original_name(name, vit, stages) for name in model.state_dict()}
+
+
+def unwrap(file: dict) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file: out of `state_dict` where wrapped, without DataParallel's `module.`."""
+    state = file.get("state_dict", file)
+    return {name.removeprefix("module."): x for name, x in state.items()}
+
+
+def is_official(file) -> bool:
+    """Whether a loaded file looks like a checkpoint of the original ETRIS."""
+    return isinstance(file, dict) and any(n.startswith("backbone.") for n in unwrap(file) if isinstance(n, str))
+
+
+def from_official(file: dict, size: int = 416, words: int = 17, heads: int | None = None) -> ETRIS:
+    """A checkpoint of the original ETRIS, wrapped or bare, prefixed or not → the model, in eval mode, plain path.
+
+    size: the picture side it was trained at; a ViT's positions say it themselves. UserError names what is missing,
+    unknown or of another shape.
+    """
+    state = unwrap(file)
+    clip_state = {n.removeprefix("backbone."): x.float() for n, x in state.items() if n.startswith("backbone.")}
+    connect = {n: clip_state.pop(n) for n in list(clip_state) if "connect" in n}
+    try:
+        clip = CLIP(Size.of(clip_state)).requires_grad_(False)
+    except KeyError as error:
+        raise UserError(f"not a checkpoint of the original ETRIS: backbone.{error.args[0]} is missing") from error
+    width = state["bridger.linear1.0.weight"].shape[0] if "bridger.linear1.0.weight" in state else 64
+    stages = sorted({int(n.split(".")[2]) for n in state if n.startswith("bridger.linear1.")})
+    size = clip.size.picture if clip.size.patch else size
+    model = assemble(clip, size, words, width=width, heads=heads, stages=stages, released=True)
+    if clip.size.patch is None and not connect:
+        raise UserError("not a checkpoint of the original ETRIS: backbone.visual.attnpool.connect is missing")
+    return fill(model, state).eval()
+
+
+def fill(model: ETRIS, state: dict) -> ETRIS:
+    """Copy every tensor by its original name; UserError where names or shapes do not agree exactly."""
+    ours, table = model.state_dict(), names(model)
+    missing, unknown = set(table.values()) - set(state), set(state) - set(table.values())
+    shapes = [t for n, t in table.items() if t in state and state[t].shape != ours[n].shape]
+    for kind, wrong in (("missing", missing), ("unknown", unknown), ("of another shape", shapes)):
+        if wrong:
+            raise UserError(f"not a checkpoint of the original ETRIS: {len(wrong)} tensors {kind}, {min(wrong)} first")
+    model.load_state_dict({n: state[t] for n, t in table.items()}, strict=True)
+    return model
+
+
+def to_official(model: ETRIS) -> dict[str, Tensor]:
+    """The model's tensors under the original's names: what `from_official` reads, and the original code too."""
+    state = model.state_dict()
+    return {theirs: state[ours] for ours, theirs in names(model).items()}
