@@ -325,7 +325,8 @@ def positions(clip: CLIP) -> list[nn.Parameter]:
     return [clip.positional_embedding, holder.positional_embedding]
 
 
-def assemble(clip, size=416, words=17, *, width=64, heads=None, stages=(0, 1, 2), released=False, **ours) -> ETRIS:
+def assemble(clip, size=416, words=17, *, width=64, heads=None, stages=(0, 1, 2), dropout=0.1, released=False,
+             **ours) -> ETRIS:  # fmt: skip
     """ETRIS around a frozen CLIP. released=True: exactly what the original released (SPEC 5.1); else ours, with
     train_positions, connect, mask_padding to override the defaults that the ledger measured."""
     options = {"train_positions": False, "connect": False, "mask_padding": True} | ours
@@ -342,6 +343,9 @@ def assemble(clip, size=416, words=17, *, width=64, heads=None, stages=(0, 1, 2)
         parameter.requires_grad_(options["train_positions"])
     if released and connect:
         connect.requires_grad_(False)  # random and never trained: SPEC 6.1, 10c
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
     model.mask_padding, model.align_corners = options["mask_padding"], released
     return model.train()
 

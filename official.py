@@ -1,15 +1,19 @@
-"""14. Published checkpoints → these modules, and the way back.
+"""14. Checkpoint files → models: our own (tuned tensors only) and those the original ETRIS published, and the way back.
 
-The original ETRIS saves its whole state dict, frozen CLIP included, under its own names. One function says what each of
-our tensors is called there; reading and writing both go through it, so nothing can be left over or made up.
+The original saves its whole state dict, frozen CLIP included, under its own names. One function says what each of our
+tensors is called there; reading and writing both go through it, so nothing can be left over or made up.
 """
 
 import re
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from clip_model import CLIP, Size, UserError
-from etris import ETRIS, assemble
+from etris import ETRIS, assemble, build
+
+VERSION = 1  # of our own checkpoints' layout
 
 RENAMES = [  # ours → the original's, tried in order on the whole name
     (r"^clip\.", "backbone."),
@@ -101,3 +105,63 @@ def to_official(model: ETRIS) -> dict[str, Tensor]:
     """The model's tensors under the original's names: what `from_official` reads, and the original code too."""
     state = model.state_dict()
     return {theirs: state[ours] for ours, theirs in names(model).items()}
+
+
+# ---------------------------------------------------------------------------------------------------- files
+def read_checkpoint(path) -> dict:
+    """A checkpoint file's dict, read without running anything in it; UserError where it is none, or of another version.
+
+    The original's files hold numbers of numpy's beside the tensors; those few types are let through by name.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint: train one with `python train.py --out DIR`, it is DIR/best.pt")
+    try:
+        file = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged, cut off, hostile: torch and pickle raise a dozen kinds
+        raise UserError(f"{path}: no checkpoint that can be read safely ({type(error).__name__}): give another") from None
+    if not isinstance(file, dict) or not (is_official(file) or {"version", "config", "tuned"} <= set(file)):
+        raise UserError(f"{path}: holds no ETRIS checkpoint, ours or the original's: give another file")
+    if not is_official(file) and file["version"] != VERSION:
+        raise UserError(f"{path}: checkpoint version {file['version']}, this code reads {VERSION}: train it again")
+    return file
+
+
+def restore_tuned(model: ETRIS, file: dict, path) -> ETRIS:
+    """Copy a checkpoint's tuned tensors into the model; UserError where backbone, names or shapes do not agree."""
+    theirs, ours = file["identity"], model.frozen.identity
+    if theirs["sha256"] != ours["sha256"]:
+        raise UserError(f"{path}: was tuned on a frozen {theirs['name']} {theirs['sha256'][:12]}…, this one is "
+                        f"{ours['name']} {ours['sha256'][:12]}…: give its --weights FILE")  # fmt: skip
+    tuned, want = file["tuned"], dict(model.tuned())
+    wrong = set(tuned) ^ set(want) or {n for n in tuned if tuned[n].shape != want[n].shape}
+    if wrong:
+        raise UserError(f"{path}: {len(wrong)} tensors do not fit this model, {min(wrong)} first: give its own checkpoint")
+    model.load_state_dict(tuned, strict=False)
+    return model
+
+
+def load_checkpoint(path, weights=None, device="cpu") -> ETRIS:
+    """A checkpoint file, ours or the original's → the model in eval mode on `device`.
+
+    Ours holds the tuned tensors only: the frozen CLIP comes from `weights`, the shipped file, the cache or the network,
+    and must be the one it was tuned on (SHA-256).
+    """
+    file = read_checkpoint(path)
+    if is_official(file):
+        return from_official(file).to(device)
+    config = dict(file["config"])
+    print(f"{Path(path).name}: tuned {sum(x.numel() for x in file['tuned'].values()):,} numbers; "
+          f"the frozen {config['backbone']} comes from {weights or config.get('weights') or 'its own file'}")  # fmt: skip
+    model = build(**config | ({"weights": str(weights)} if weights else {}))
+    return restore_tuned(model, file, path).eval().to(device)
+
+
+def pick_device(wish=None) -> tuple[torch.device, str]:
+    """The device asked for, or the best there is, and why; UserError where it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wish in (None, "auto"):
+        name = next(name for name, usable in there.items() if usable)
+        return torch.device(name), "the best there is; --device chooses another"
+    if not there.get(wish):
+        raise UserError(f"--device {wish}: not there; choose {' or '.join(n for n, usable in there.items() if usable)}")
+    return torch.device(wish), "as asked"

@@ -1,0 +1,172 @@
+"""6. One picture, some sentences → masks and an overlay, with evaluation's own steps before and after the model.
+
+    python predict.py runs/x/best.pt --image photo.jpg --text "the man in red" --out overlay.png --mask mask.png
+
+    from predict import load, segment
+    mask = segment(load("runs/x/best.pt"), "photo.jpg", "the man in red")      # bool (H, W)
+
+H W the picture's own height and width, once upright · S the side of the model's square · K sentences
+"""
+
+import argparse
+import io
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from clip_model import UserError, command, tokenize
+from data import count_cut, letterbox, read_picture, to_rgb, unletterbox
+from evaluate import THRESHOLD, predict_probabilities, write_file, write_picture
+from official import load_checkpoint, pick_device
+
+# Okabe and Ito's colours, told apart by colour-blind eyes too
+COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
+
+
+def load(checkpoint, weights=None, device=None):
+    """A checkpoint file, this project's or a published one -> a model for `segment`, on the best device there is.
+
+    weights: the frozen CLIP's file, where it is not in the cache. UserError says what is missing and the ways out.
+    """
+    return load_checkpoint(checkpoint, weights, pick_device(device)[0])
+
+
+def segment(model, image, text, threshold=THRESHOLD):
+    """Where the picture shows what the sentence names: bool (H, W); a list of sentences gives a list of masks.
+
+    image: a path, a PIL image, or uint8 (H, W), (H, W, 3) or (H, W, 4). EXIF turns it, and the mask with it.
+    """
+    if isinstance(text, str):
+        return segment(model, image, [text], threshold)[0]
+    return list(probabilities(model, image, text) > threshold)
+
+
+@torch.inference_mode()
+def probabilities(model, image, sentences) -> np.ndarray:
+    """float32 (K, H, W): how sure the model is of every pixel, for each of K sentences; 0..1."""
+    if isinstance(sentences, str) or not len(sentences) or not all(sentence.strip() for sentence in sentences):
+        raise UserError(f"{sentences!r}: give a list of sentences, none of them empty")
+    square, box = letterbox(as_picture(image), model.size)
+    device = next((parameter.device for parameter in model.parameters()), "cpu")
+    was_training = model.training
+    model.eval()
+    try:
+        maps = [
+            predict_probabilities(model, square[None].to(device), tokenize([sentence], model.words).to(device))
+            for sentence in sentences
+        ]
+    finally:
+        model.train(was_training)
+    return unletterbox(torch.cat(maps), box).clamp(0, 1).cpu().numpy()
+
+
+def as_picture(image) -> np.ndarray:
+    """A path, PIL image or uint8 array -> uint8 (H, W, 3), upright."""
+    if isinstance(image, str | Path):
+        return read_picture(image)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.shape[2:] not in [(), (3,), (4,)] or image.ndim < 2 or not image.size:
+            raise UserError(f"an array of {image.dtype} {image.shape}: give uint8 (H, W), (H, W, 3) or (H, W, 4)")
+        image = Image.fromarray(image)
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
+def overlay(picture, masks, sentences) -> bytes:
+    """The picture with every mask in a colour of its own and a legend below, as the bytes of a PNG."""
+    from matplotlib.colors import to_rgb as rgb  # here, for it is slow to import and `segment` does without
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    shown, handles = picture.astype(float) / 255, []
+    for number, (mask, sentence) in enumerate(zip(masks, sentences, strict=True)):
+        colour = COLOURS[number % len(COLOURS)]
+        shown[mask] = 0.45 * shown[mask] + 0.55 * np.array(rgb(colour))
+        label = textwrap.fill(sentence, 60) + ("" if mask.any() else " (nothing found)")
+        handles.append(Patch(color=colour, label=label))
+    height, width = (side / max(picture.shape[:2]) * 8 for side in picture.shape[:2])
+    axis = (figure := Figure((max(width, 1), max(height, 1)), dpi=120)).add_axes((0, 0, 1, 1))
+    axis.imshow(shown)
+    axis.axis("off")
+    legend = axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    figure.savefig(buffer := io.BytesIO(), format="png", bbox_inches="tight")
+    return buffer.getvalue()
+
+
+def numbered(path, count) -> list[Path]:
+    """mask.png for one sentence; mask_1.png, mask_2.png … for several."""
+    path = Path(path)
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}_{k}") for k in range(1, count + 1)]
+
+
+def pictures_in(folder) -> dict[str, Path]:
+    """Every picture of a folder, under the name its results get: without ending, but where two would be the same."""
+    endings = set(Image.registered_extensions())
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in endings)
+    if not paths:
+        raise UserError(f"{folder} holds no picture")
+    stems = [path.stem for path in paths]
+    return {path.stem if stems.count(path.stem) == 1 else path.name: path for path in paths}
+
+
+def predict_file(model, path, sentences, threshold, out, mask=None, probability=None):
+    """One picture's files; what was found goes to the screen. All is computed before anything is written."""
+    picture = read_picture(path)
+    maps = probabilities(model, picture, sentences)
+    found = list(maps > threshold)
+    drawn = overlay(picture, found, sentences)
+    write_file(out, drawn)
+    for k, sentence in enumerate(sentences):
+        if mask:
+            write_picture(numbered(mask, len(sentences))[k], found[k])
+        if probability:
+            write_picture(numbered(probability, len(sentences))[k], (255 * maps[k]).round().astype(np.uint8))
+        share = f"{100 * found[k].mean():.1f} % of the picture"
+        nothing = f"nothing found (highest probability {maps[k].max():.2f}, threshold {threshold}), the mask is empty"
+        print(f"{path}: {sentence!r}: {share if found[k].any() else nothing}")
+
+
+def plan(args) -> list[tuple]:
+    """(picture, overlay, mask, probability map) for each picture: --image names one or, with folders to write, many."""
+    wanted = [args.out or ("overlays" if Path(args.image).is_dir() else "overlay.png"), args.mask, args.probability]
+    if not Path(args.image).is_dir():
+        for name in wanted:
+            if name and Path(name).suffix.lower() != ".png":
+                raise UserError(f"{name}: results are written as PNG, name it so")
+        return [(args.image, *wanted)]
+    pictures = pictures_in(args.image).items()
+    return [(path, *(folder and Path(folder, f"{name}.png") for folder in wanted)) for name, path in pictures]
+
+
+@command
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Segment what sentences name in a picture, or in a folder of them.")
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="of this project, or one that ETRIS' authors published")
+    add("--image", required=True, metavar="FILE", help="a picture, or a folder; then --out, --mask … are folders too")
+    add("--text", required=True, action="append", metavar="SENTENCE", help="again for more")
+    add("--out", metavar="FILE", help="the overlay (overlay.png)")
+    add("--mask", metavar="FILE", help="the mask, 0 and 255; mask_1.png, mask_2.png … for several sentences")
+    add("--probability", metavar="FILE", help="the probabilities, 0 to 255")
+    add("--threshold", type=float, default=THRESHOLD, help=f"of the probability ({THRESHOLD})")
+    add("--weights", metavar="FILE", help="of the frozen CLIP, where it is not in the cache")
+    add("--device", choices=["cpu", "cuda", "mps"])
+    args = parser.parse_args(argv)
+    if not all(text.strip() for text in args.text) or not 0 <= args.threshold <= 1:
+        raise UserError(f"--text {args.text} --threshold {args.threshold}: no sentence may be empty; 0 to 1")
+    todo = plan(args)
+    for path, *_ in todo:
+        read_picture(path)  # a bad picture is said before anything is written
+    model = load(args.checkpoint, args.weights, args.device)
+    if cut := count_cut(args.text, model.words):
+        print(f"{cut} of the sentences are longer than {model.words} tokens, the end is cut")
+    for path, *files in todo:
+        predict_file(model, path, args.text, args.threshold, *files)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,401 @@
+"""4. The loop: train what is tuned, validate each epoch, keep the best by val mIoU, test it once at the end.
+
+    python train.py                                              tiny CLIP, drawn scenes, a laptop
+    python train.py --backbone RN101 --dataset refcoco --data DIR       the paper's run (section 4.2) on one GPU
+
+OUT holds args.json, log.jsonl (first line: provenance), last.pt, best.pt, curves.png, predictions_<epoch>.png and
+result.json. A checkpoint holds tuned tensors and what `--resume` needs to go on exactly; never the frozen ones.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from clip_model import HERE, SIZES, UserError, command
+from data import Source, TrainSet, epoch_batches, open_dataset, train_loader
+from etris import build, set_fast, text_to_pixel_loss
+from evaluate import evaluate, grid_ceiling
+from official import VERSION, pick_device, read_checkpoint, restore_tuned
+
+PAPER = {"size": 416, "epochs": 50, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 64,
+         "dropout": 0.1}  # fmt: skip
+TINY = {"size": 128, "epochs": 3, "batch_size": 32, "lr": 1e-3, "bridge_lr": 1e-3, "schedule": "cosine", "width": 32,
+        "dropout": 0.0}  # fmt: skip
+PRESETS = dict.fromkeys(SIZES, PAPER) | {"ViT-B-16": PAPER | {"bridge_lr": 1e-3}, "tiny": TINY, "tiny-vit": TINY}
+WORDS = {"refcocog-umd": 22, "refcocog-google": 22, "scenes-g": 22}  # 17 elsewhere (section 4.2)
+TEST = {"refcoco": "testA", "refcoco+": "testA", "refcocog-google": "val"}  # "test" elsewhere
+
+
+# ---------------------------------------------------------------------------------------------------- the loop
+def train_epoch(run, source, bar):
+    """One pass, from where the run stands. Returns the mean loss and the mean IoU at the logits' size, in percent."""
+    args, totals = run.args, np.zeros(3)
+    run.model.train()
+    train_set = TrainSet(source, args.size, args.words, args.seed)
+    for batch in train_loader(train_set, args.batch_size, run.epoch, run.done, args.workers):
+        loss, iou = step(run, batch)
+        run.done, run.steps = run.done + 1, run.steps + 1
+        totals += loss, iou, 1
+        bar.set_postfix(loss=f"{loss:.3f}", IoU=f"{iou:.1f}", imgs=f"{args.batch_size * bar_rate(bar):.0f}/s")
+        bar.update()
+        if run.steps >= run.total:
+            break
+    return totals[:2] / max(1, totals[2])
+
+
+def step(run, batch):
+    """Forward and backward in `--accumulate` micro-batches, one update of what is tuned → loss and IoU (percent)."""
+    model, device, parts = run.model, run.device, min(run.args.accumulate, len(batch["image"]))
+    total, iou = 0.0, 0.0
+    for images, tokens, masks in zip(*(batch[key].chunk(parts) for key in ("image", "tokens", "mask")), strict=True):
+        images, tokens, masks = (x.to(device, non_blocking=True) for x in (images, tokens, masks))
+        with torch.autocast(device.type, run.dtype, enabled=run.dtype is not torch.float32):
+            logits = model(images.contiguous(memory_format=torch.channels_last), tokens)
+        loss = text_to_pixel_loss(logits, masks, nearest=model.align_corners) + model.extra_loss()
+        share = len(images) / len(batch["image"])
+        run.scaler.scale(loss * share).backward()
+        total, iou = total + loss.item() * share, iou + share * grid_iou(logits.detach(), masks)
+    if not math.isfinite(total):
+        raise UserError(f"the loss is {total} at step {run.steps} (rate {run.rate.get_last_lr()}, refs "
+                        f"{batch['ref_id'].tolist()}): lower --lr, or --amp off; the last checkpoint is kept")  # fmt: skip
+    run.scaler.step(run.adam)
+    run.scaler.update()
+    run.adam.zero_grad()
+    run.rate.step()
+    return total, iou
+
+
+def grid_iou(logits, masks) -> float:
+    """Mean IoU in percent at the logits' own size: quick, for the bar; evaluate.py measures at the pictures' size."""
+    truth, found = F.interpolate(masks, logits.shape[2:], mode="area") > 0.5, logits.sigmoid() > 0.35
+    both, either = (truth & found).sum((1, 2, 3)), (truth | found).sum((1, 2, 3))
+    return 100 * (both / either.clamp(min=1)).mean().item()
+
+
+def bar_rate(bar) -> float:
+    return bar.format_dict["rate"] or 0.0
+
+
+def schedule(kind, total):
+    """Factor on the rates by step: "step" is the paper's, 0.1 after 35 of 50 epochs; "cosine" warms up and falls."""
+    if kind == "step":
+        return lambda step: 1.0 if step < 0.7 * total else 0.1
+    warm = min(50, total // 10)
+    return lambda step: min(1, (step + 1) / (warm + 1)) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / total)) / 2)
+
+
+# ------------------------------------------------------------------------------------------- a run and its folder
+class Run:
+    """A model with all that moves while it trains, so that it can be saved at any step and go on exactly."""
+
+    def __init__(self, args, model, device, dtype, total):
+        self.args, self.model, self.device, self.dtype, self.total = args, model, device, dtype, total
+        self.out, self.epoch, self.done, self.steps, self.best, self.minutes = Path(args.out), 0, 0, 0, -1.0, 0.0
+        parts = {"bridger": [], "rest": []}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parts["bridger" if name.startswith("bridger.") else "rest"].append(parameter)
+        groups = [{"params": parts["rest"], "lr": args.lr}, {"params": parts["bridger"], "lr": args.bridge_lr}]
+        self.adam = torch.optim.Adam([group for group in groups if group["params"]], fused=device.type != "mps")
+        self.rate = torch.optim.lr_scheduler.LambdaLR(self.adam, schedule(args.schedule, total))
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+        self.start = time.time()
+
+    def state(self) -> dict:
+        """What a checkpoint holds: plain containers and tensors only, so that it loads with weights_only=True."""
+        kind, keys, position, has_gauss, gauss = np.random.get_state()
+        numbers = {"torch": torch.get_rng_state(), "numpy": [kind, keys.tolist(), position, has_gauss, gauss]}
+        numbers |= {"python": list(random.getstate()[1]), "cuda": torch.cuda.get_rng_state_all()}
+        moving = {"epoch": self.epoch, "done": self.done, "steps": self.steps, "best": self.best, "total": self.total}
+        moving |= {"minutes": self.minutes + (time.time() - self.start) / 60, "random": numbers}
+        moving |= {"adam": self.adam.state_dict(), "rate": self.rate.state_dict(), "scaler": self.scaler.state_dict()}
+        tuned = {name: x.detach().cpu() for name, x in self.model.tuned()}
+        return {"version": VERSION, "system": self.model.system, "config": self.model.config, "tuned": tuned,
+                "identity": self.model.frozen.identity, "args": vars(self.args), "training": moving}  # fmt: skip
+
+    def save(self, name):
+        """Written beside and renamed: a file of that name is always whole."""
+        torch.save(self.state(), self.out / f"{name}.part")
+        os.replace(self.out / f"{name}.part", self.out / name)
+
+    def restore(self, path):
+        """Go on where `path` stood. UserError where it belongs to another model, data set or length of run."""
+        file = read_checkpoint(path)
+        theirs = {key: file["args"].get(key) for key in ("backbone", "dataset", "tuning", "size", "words", "seed")}
+        for key, value in theirs.items():
+            if value != getattr(self.args, key):
+                raise UserError(f"{path}: was trained with --{key} {value}, not {getattr(self.args, key)}: give that")
+        restore_tuned(self.model, file, path)
+        moving = file["training"]
+        self.epoch, self.done, self.steps, self.best = (moving[key] for key in ("epoch", "done", "steps", "best"))
+        self.adam.load_state_dict(moving["adam"]), self.scaler.load_state_dict(moving["scaler"])
+        self.rate.load_state_dict({k: v for k, v in moving["rate"].items() if k != "lr_lambdas"})
+        kind, keys, *rest = moving["random"]["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        random.setstate((3, tuple(moving["random"]["python"]), None))
+        torch.set_rng_state(moving["random"]["torch"]), torch.cuda.set_rng_state_all(moving["random"]["cuda"])
+        self.minutes = moving["minutes"]
+
+    def log(self, **line):
+        with open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def provenance(args, model) -> dict:
+    """Where numbers come from: command, commit, versions, hardware, seed, the frozen backbone's name and hash."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {"command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git.stdout.strip(),
+            "torch": torch.__version__, "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {gpu}",
+            "seed": args.seed, "frozen": model.frozen.identity}  # fmt: skip
+
+
+def report(model, source, device, dtype, reasons):
+    """Print what trains and what does not, by part, and why this device and number format."""
+    parts = {}
+    for name, parameter in model.named_parameters():
+        tuned, frozen = parts.setdefault(name.split(".")[0], [0, 0])
+        parts[name.split(".")[0]] = [tuned + parameter.numel() * parameter.requires_grad,
+                                     frozen + parameter.numel() * (not parameter.requires_grad)]  # fmt: skip
+    print(f"device {device}: {reasons[0]}; numbers {str(dtype)[6:]}: {reasons[1]}")
+    print(f"data: {source.name} {source.split} {source.counts()}")
+    for name, (tuned, frozen) in [*parts.items(), ("all", np.sum(list(parts.values()), axis=0))]:
+        print(f"  {name:<14}{tuned:>14,} tuned{frozen:>14,} frozen")
+
+
+def pick_dtype(device, wish):
+    """bf16 where the device has it, else fp16 with a scaler, fp32 on a CPU → dtype and the reason."""
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+    if wish != "auto":
+        return named[wish], f"--amp {wish}"
+    if device.type != "cuda":
+        return torch.float32, f"a {device.type} gains nothing sure from less"
+    if torch.cuda.is_bf16_supported():
+        return torch.bfloat16, "this GPU has bf16, which needs no scaler"
+    return torch.float16, "this GPU has no bf16; the loss is scaled"
+
+
+# ---------------------------------------------------------------------------------------------------- pictures
+def draw_curves(out):
+    """curves.png: loss over steps, and val metrics by epoch, read back from log.jsonl."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    figure = Figure((9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [line["step"] for line in lines]
+    left.plot(steps, [line["loss"] for line in lines], "o-", color="#0072B2")
+    left.set(xlabel="step", ylabel="text-to-pixel loss, mean of the epoch", ylim=0)
+    for key, colour in (("oIoU", "#0072B2"), ("mIoU", "#D55E00"), ("Pr@0.5", "#009E73")):
+        right.plot(steps, [line["val"][key] for line in lines], "o-", label=key, color=colour)
+    right.set(xlabel="step", ylabel="val, percent", ylim=(0, 100))
+    right.legend()
+    figure.savefig(out / "curves.png", dpi=120)
+
+
+def draw_predictions(run, source):
+    """predictions_<epoch>.png: the same few objects of val, first sentence each, every epoch."""
+    from matplotlib.figure import Figure
+    from predict import probabilities
+
+    items = [source[i] for i in range(min(6, len(source)))]
+    figure = Figure((2.6 * len(items), 5.6), layout="constrained")
+    rows = figure.subplots(2, len(items), squeeze=False)
+    for above, below, item in zip(*rows, items, strict=True):
+        found = probabilities(run.model, item.picture, [item.sentences[0]])[0] > 0.35
+        for axis, mask, title in ((above, item.mask, item.sentences[0]), (below, found, "predicted")):
+            axis.imshow(item.picture)
+            axis.imshow(np.ma.masked_equal(np.asarray(mask), False), cmap="spring", alpha=0.6, interpolation="nearest")
+            axis.set_title(title[:32], fontsize=8, parse_math=False)
+            axis.axis("off")
+    figure.savefig(run.out / f"predictions_{run.epoch:02d}.png", dpi=90)
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+def arguments(argv):
+    text = "\n".join(f"  {name:<15}{PRESETS[name]}" for name in PRESETS)
+    parser = argparse.ArgumentParser(description=__doc__, epilog=f"presets:\n{text}\nwords: 17, {WORDS}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("--backbone", default="tiny", metavar="NAME", help=", ".join(SIZES))
+    add("--tuning", default="bridger", metavar="HOW", help="bridger (ETRIS) or frozen (decoder only)")
+    add("--dataset", default="scenes", metavar="NAME", help="scenes[+|-g], refcoco[+], refcocog-umd|google, a FOLDER")
+    add("--data", metavar="DIR", help="the folder prepare.py filled (data)")
+    add("--weights", metavar="FILE", help="frozen CLIP: a file, or random")
+    add("--out", default="runs/latest", metavar="DIR")
+    add("--resume", nargs="?", const=True, metavar="CHECKPOINT", help="go on; without a value from OUT/last.pt")
+    for name in ("epochs", "steps", "batch-size", "size", "words", "width", "limit", "overfit"):
+        add(f"--{name}", type=positive, metavar="N")
+    add("--accumulate", type=positive, default=1, metavar="N", help="micro-batches per step, against lack of memory")
+    add("--lr", type=float, help="of the decoder; the Bridger's keeps its ratio to it")
+    add("--schedule", choices=["step", "cosine"])
+    add("--dropout", type=float)
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
+    add("--workers", type=int, default=None, metavar="N", help="loading processes (0 on a CPU, else 4)")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
+    add("--seed", type=int, default=0)
+    add("--deterministic", action="store_true", help="the same run twice on one machine, slower on a GPU")
+    return complete(parser.parse_args(argv))
+
+
+def positive(text) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def complete(args):
+    """Fill in the preset of the backbone where the command line says nothing."""
+    if args.backbone not in PRESETS:
+        raise UserError(f"unknown backbone {args.backbone!r}: choose one of {', '.join(SIZES)}")
+    preset = PRESETS[args.backbone]
+    if args.lr is not None and not 0 < args.lr < 1:
+        raise UserError(f"--lr {args.lr}: choose a rate between 0 and 1, such as {preset['lr']}")
+    args.bridge_lr = preset["bridge_lr"] * (args.lr or preset["lr"]) / preset["lr"]
+    for key, value in preset.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    args.words = args.words or WORDS.get(args.dataset, 17)
+    if args.words > SIZES[args.backbone].context or args.words < 3:
+        raise UserError(f"--words {args.words}: choose 3 to {SIZES[args.backbone].context}, the frozen CLIP's limit")
+    return args
+
+
+def largest(source, count) -> Source:
+    """The `count` objects with the largest share of their picture, of the first 200, repeated to a useful epoch."""
+    items = sorted((source[i] for i in range(min(200, len(source)))), key=lambda item: -np.mean(item.mask))[:count]
+    print(f"--overfit {count}: the largest of {min(200, len(source))} objects, trained and validated on the same")
+    return Source(source.name, source.split, [*items] * 40), Source(source.name, source.split, items)
+
+
+def open_sources(args):
+    """Train and val sources; without a val split (a folder of one's own may have none) val is train, and said so."""
+    train = open_dataset(args.dataset, "train", args.data, args.limit, args.size)
+    if args.overfit:
+        return largest(train, args.overfit)
+    try:
+        parts = [open_dataset(name, "val", args.data, args.limit, args.size) for name in args.dataset.split(",")[:1]]
+        return train, parts[0]
+    except UserError as error:
+        print(f"validating on the train split: {error}")
+        return train, train
+
+
+def prepare_folder(args):
+    """OUT, with args.json; a run that is there already is moved aside unless it is resumed."""
+    out = Path(args.out)
+    try:
+        if (out / "log.jsonl").exists() and not args.resume:
+            aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-{i}")).exists())
+            out.rename(aside)
+            print(f"{out} held a run: moved to {aside} (--resume goes on with one)")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}): give another --out") from error
+
+
+def resume(run):
+    """Restore `--resume`'s checkpoint, or start fresh, saying so, where OUT holds none."""
+    path = run.out / "last.pt" if run.args.resume is True else Path(run.args.resume)
+    if path.exists() or run.args.resume is not True:
+        run.restore(path)
+        print(f"going on from {path} at step {run.steps:,} of {run.total:,}")
+    else:
+        print(f"{path} is not there: starting fresh")
+
+
+def validate(run, source, **more):
+    dtype = None if run.dtype is torch.float32 else run.dtype
+    return evaluate(run.model, source, run.device, batch_size=2 * run.args.batch_size, dtype=dtype, **more)[0]
+
+
+def fit(run, train_source, val_source):
+    """Epochs until the steps are done; every one validated, logged, drawn and saved, the best by val mIoU apart."""
+    bar = tqdm(total=run.total, initial=run.steps, unit="step", desc="train", dynamic_ncols=True)
+    while run.steps < run.total or run.done:
+        start = time.time()
+        loss, iou = train_epoch(run, train_source, bar)
+        val = validate(run, val_source)
+        run.epoch, run.done = run.epoch + 1, 0
+        run.log(epoch=run.epoch, step=run.steps, loss=loss, train_IoU=iou, val=val, rate=run.rate.get_last_lr(),
+                seconds=round(time.time() - start, 1))  # fmt: skip
+        tqdm.write(f"epoch {run.epoch}: loss {loss:.3f}, val oIoU {val['oIoU']:.1f} mIoU {val['mIoU']:.1f}")
+        if val["mIoU"] > run.best:
+            run.best = val["mIoU"]
+            run.save("best.pt")
+        run.save("last.pt")
+        draw_curves(run.out), draw_predictions(run, val_source)
+    bar.close()
+
+
+def finish(run, source):
+    """best.pt on the test split → result.json, with the minutes of the whole run."""
+    restore_tuned(run.model, read_checkpoint(run.out / "best.pt"), run.out / "best.pt")
+    minutes = run.minutes + (time.time() - run.start) / 60
+    result = validate(run, source) | {"minutes": round(minutes, 2), "steps": run.steps}
+    (run.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    numbers = "  ".join(f"{key} {result[key]:.2f}" for key in ("oIoU", "mIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9"))
+    print(f"{source.name} {source.split}, {result['sentences']:,} sentences: {numbers}  ({minutes:.1f} minutes)")
+    print(f"try it:  python predict.py {run.out / 'best.pt'} --image PICTURE --text SENTENCE")
+
+
+def test_source(args, val_source):
+    if args.overfit:
+        return val_source
+    name, split = args.dataset.split(",")[0], TEST.get(args.dataset.split(",")[0], "test")
+    limit = args.limit or (500 if name.startswith("scenes") else None)
+    try:
+        return open_dataset(name, split, args.data, limit, args.size)
+    except UserError as error:
+        print(f"testing on {val_source.split}: {error}")
+        return val_source
+
+
+@command
+def main(argv=None):
+    args = arguments(argv)
+    torch.manual_seed(args.seed), np.random.seed(args.seed), random.seed(args.seed)
+    torch.use_deterministic_algorithms(args.deterministic)
+    device, why = pick_device(args.device)
+    dtype, why_dtype = pick_dtype(device, args.amp)
+    args.workers = (0 if device.type == "cpu" else 4) if args.workers is None else args.workers
+    train_source, val_source = open_sources(args)
+    options = {key: getattr(args, key) for key in ("size", "words", "weights", "seed", "tuning", "width", "dropout")}
+    model = set_fast(build(args.backbone, **options)).to(device, memory_format=torch.channels_last)
+    report(model, train_source, device, dtype, (why, why_dtype))
+    per_epoch = len(epoch_batches(len(train_source), args.batch_size, args.seed, 0))
+    prepare_folder(args)
+    run = Run(args, model, device, dtype, args.steps or args.epochs * per_epoch)
+    if args.resume:
+        resume(run)
+    else:
+        run.log(**provenance(args, model))
+    if args.overfit:
+        print(f"the logit grid's ceiling: mIoU {grid_ceiling(val_source, args.size)['mIoU']:.1f}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        fit(run, train_source, val_source)
+    except KeyboardInterrupt:
+        run.save("last.pt")
+        print(f"\nstopped at step {run.steps:,}; go on with --resume --out {run.out}", file=sys.stderr)
+        raise SystemExit(130) from None
+    finish(run, test_source(args, val_source))
+
+
+if __name__ == "__main__":
+    main()
