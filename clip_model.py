@@ -42,7 +42,8 @@ def command(main):
         try:
             return main(argv)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            line = str(error).strip().splitlines()[-1]  # from a loading process it comes with torch's traceback
+            print(f"error: {line.removeprefix('clip_model.UserError: ')}", file=sys.stderr)
         raise SystemExit(2)
 
     return run

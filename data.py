@@ -88,13 +88,15 @@ def open_dataset(name, split, data=None, limit=None, side=160) -> Source:
     data: the folder that `prepare.py` filled ("data"); limit: the first so many objects; side: pixels of a scene.
     In a mix no picture trains that an evaluation split of the sets in it shows (FACTS 1.8: leaks).
     """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: at least 1")
     names = [name] if Path(name).is_dir() else [part.strip() for part in name.split(",")]
     if len(names) > 1 and split != "train":
         raise UserError(f"{name}: a mix is for training; evaluate one data set at a time")
     refs = {part: None if part in FLAVOURS else read_refs(part, Path(data or "data")) for part in names}
     if len(names) > 1:
         shown = {ref.image_id for part in names if part in REFER for ref in refs[part] if ref.split != "train"}
-        for part in set(names) & set(REFER):
+        for part in [part for part in refs if part in REFER]:
             every = [ref for ref in refs[part] if ref.split == "train"]
             refs[part] = [ref for ref in every if ref.image_id not in shown]
             print(f"{part}: {len(every) - len(refs[part]):,} refs left out, evaluation splits show their pictures")
@@ -111,9 +113,8 @@ def read_refs(name, data) -> list[Item]:
 
 def choose(name, split, refs, limit, side) -> list[Item] | Scenes:
     there = SPLITS if refs is None else sorted({ref.split for ref in refs})
-    if split not in there or limit is not None and limit < 1:
-        asked = f"split {split}" if split not in there else f"--limit {limit}"
-        raise UserError(f"{name}: {asked} has no refs; the splits there are: {', '.join(there) or 'none'}")
+    if split not in there:
+        raise UserError(f"{name}: split {split} has no refs; the splits there are: {', '.join(there) or 'none'}")
     if refs is None:
         return Scenes(name, split, limit=limit, side=side)
     refs = [ref for ref in refs if ref.split == split][:limit]
@@ -302,13 +303,14 @@ def train_loader(train_set, batch_size, epoch, start=0, workers=0) -> DataLoader
 @command
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw a contact sheet of a data set.")
-    parser.add_argument("action", choices=["show"])
-    parser.add_argument("dataset", help=", ".join([*FLAVOURS, *REFER, "or a FOLDER"]))
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--data", metavar="DIR", help="the folder prepare.py filled (data)")
-    parser.add_argument("--number", type=int, default=24, help="how many objects (24)")
-    parser.add_argument("--seed", type=int, default=0, help="which ones")
-    parser.add_argument("--out", default="sheet.png", metavar="FILE")
+    add = parser.add_argument
+    add("action", choices=["show"])
+    add("dataset", help=", ".join([*FLAVOURS, *REFER, "or a FOLDER"]))
+    add("--split", default="train")
+    add("--data", metavar="DIR", help="the folder prepare.py filled (data)")
+    add("--number", type=int, default=24, help="how many objects (24)")
+    add("--seed", type=int, default=0, help="which ones")
+    add("--out", default="sheet.png", metavar="FILE")
     args = parser.parse_args(argv)
     source = open_dataset(args.dataset, args.split, args.data)
     chosen = np.random.default_rng(args.seed).permutation(len(source))[: args.number].tolist()
@@ -317,15 +319,17 @@ def main(argv=None):
 
 
 def contact_sheet(items, out):
-    """Pictures with their object tinted and their sentences below, four in a row, as one PNG."""
+    """Pictures with their object outlined and their sentences below, four in a row, as one PNG."""
     from matplotlib.figure import Figure  # here, for only this needs it and it is slow to import
 
     figure = Figure((13, 3.4 * -(-len(items) // 4)), dpi=100)
     for place, item in enumerate(items, 1):
         axis = figure.add_subplot(-(-len(items) // 4), 4, place)
         axis.imshow(item.picture)
-        axis.imshow(np.ma.masked_equal(item.mask, False), cmap="spring", alpha=0.5, interpolation="nearest")
-        axis.set_title("\n".join(s[:44] for s in item.sentences[:4]), fontsize=8, y=-0.02, va="top", parse_math=False)
+        axis.contour(item.mask, [0.5], colors=["black"], linewidths=[3])  # twice, to be seen on any colour
+        axis.contour(item.mask, [0.5], colors=["white"], linewidths=[1])
+        lines = "\n".join(sentence[:44] for sentence in item.sentences[:4])
+        axis.text(0.5, -0.03, lines, fontsize=8, ha="center", va="top", transform=axis.transAxes, parse_math=False)
         axis.axis("off")
     figure.savefig(out, format="png", bbox_inches="tight")
 

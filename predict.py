@@ -10,6 +10,7 @@ H W the picture's own height and width, once upright · S the side of the model'
 
 import argparse
 import io
+import json
 import textwrap
 from pathlib import Path
 
@@ -95,6 +96,40 @@ def overlay(picture, masks, sentences) -> bytes:
         text.set_parse_math(False)
     figure.savefig(buffer := io.BytesIO(), format="png", bbox_inches="tight")
     return buffer.getvalue()
+
+
+def draw_predictions(model, source, path, count=6, threshold=THRESHOLD):
+    """The first objects of a source, first sentence each: what is meant above, what the model finds below."""
+    from matplotlib.figure import Figure
+
+    items = [source[i] for i in range(min(count, len(source)))]
+    figure = Figure((2.6 * len(items), 5.6), layout="constrained")
+    for above, below, item in zip(*figure.subplots(2, len(items), squeeze=False), items, strict=True):
+        found = probabilities(model, item.picture, item.sentences[:1])[0] > threshold
+        for axis, mask, title in ((above, item.mask, item.sentences[0]), (below, found, "predicted")):
+            axis.imshow(item.picture)
+            axis.imshow(np.ma.masked_equal(mask, False), cmap="spring", alpha=0.6, interpolation="nearest")
+            axis.set_title(textwrap.fill(title, 32), fontsize=8, parse_math=False)
+            axis.axis("off")
+    figure.savefig(path, dpi=90)
+
+
+def draw_curves(out):
+    """OUT/curves.png: the loss and val's metrics after each epoch, read back from OUT/log.jsonl."""
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    figure = Figure((9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [line["step"] for line in lines]
+    left.plot(steps, [line["loss"] for line in lines], "o-", color=COLOURS[5])
+    left.set(xlabel="step", ylabel="text-to-pixel loss, mean of the epoch", ylim=(0, None))
+    for key, colour, marker in zip(("oIoU", "mIoU", "Pr@0.5"), COLOURS[4:1:-1], "os^", strict=True):
+        right.plot(steps, [line["val"][key] for line in lines], marker + "-", label=key, color=colour)
+    right.set(xlabel="step", ylabel="val, percent", ylim=(0, 100))
+    right.legend()
+    figure.savefig(Path(out, "curves.png"), dpi=120)
 
 
 def numbered(path, count) -> list[Path]:

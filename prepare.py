@@ -265,7 +265,7 @@ def clip_file(name):
         try:
             return fetch_clip(name, url, digest, cache)
         except UserError as error:
-            reasons.append(str(error))
+            reasons.append(str(error) if url in str(error) else f"{url}: {error}")
     raise UserError(
         f"no weights of {name}: {'; '.join(reasons)}. Three ways out: connect to a network; fetch one of these files "
         "elsewhere and give it by --weights FILE; or do without, by --weights random or --backbone tiny"

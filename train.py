@@ -29,6 +29,7 @@ from data import Source, TrainSet, epoch_batches, open_dataset, train_loader
 from etris import build, set_fast, text_to_pixel_loss
 from evaluate import evaluate, grid_ceiling
 from official import VERSION, pick_device, read_checkpoint, restore_tuned
+from predict import draw_curves, draw_predictions
 
 PAPER = {"size": 416, "epochs": 50, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 64,
          "dropout": 0.1}  # fmt: skip
@@ -42,18 +43,22 @@ TEST = {"refcoco": "testA", "refcoco+": "testA", "refcocog-google": "val"}  # "t
 # ---------------------------------------------------------------------------------------------------- the loop
 def train_epoch(run, source, bar):
     """One pass, from where the run stands. Returns the mean loss and the mean IoU at the logits' size, in percent."""
-    args, totals = run.args, np.zeros(3)
+    args = run.args
     run.model.train()
     train_set = TrainSet(source, args.size, args.words, args.seed)
     for batch in train_loader(train_set, args.batch_size, run.epoch, run.done, args.workers):
+        run.busy = True  # a signal waits for the end of the step, so that what is saved is always a whole step
         loss, iou = step(run, batch)
         run.done, run.steps = run.done + 1, run.steps + 1
-        totals += loss, iou, 1
+        run.totals = [run.totals[0] + loss, run.totals[1] + iou]
+        run.busy = False
+        if run.stop:
+            raise KeyboardInterrupt
         bar.set_postfix(loss=f"{loss:.3f}", IoU=f"{iou:.1f}", imgs=f"{args.batch_size * bar_rate(bar):.0f}/s")
         bar.update()
         if run.steps >= run.total:
             break
-    return totals[:2] / max(1, totals[2])
+    return [total / max(1, run.done) for total in run.totals]
 
 
 def step(run, batch):
@@ -104,6 +109,7 @@ class Run:
     def __init__(self, args, model, device, dtype, total):
         self.args, self.model, self.device, self.dtype, self.total = args, model, device, dtype, total
         self.out, self.epoch, self.done, self.steps, self.best, self.minutes = Path(args.out), 0, 0, 0, -1.0, 0.0
+        self.totals, self.busy, self.stop = [0.0, 0.0], False, False
         parts = {"bridger": [], "rest": []}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -114,12 +120,18 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         self.start = time.time()
 
+    def interrupt(self, *_):
+        """Ctrl-C or SIGTERM: stop after the step that is running, at once elsewhere."""
+        if not self.busy:
+            raise KeyboardInterrupt
+        self.stop = True
+
     def state(self) -> dict:
         """What a checkpoint holds: plain containers and tensors only, so that it loads with weights_only=True."""
         kind, keys, position, has_gauss, gauss = np.random.get_state()
         numbers = {"torch": torch.get_rng_state(), "numpy": [kind, keys.tolist(), position, has_gauss, gauss]}
         numbers |= {"python": list(random.getstate()[1]), "cuda": torch.cuda.get_rng_state_all()}
-        moving = {"epoch": self.epoch, "done": self.done, "steps": self.steps, "best": self.best, "total": self.total}
+        moving = {"epoch": self.epoch, "done": self.done, "steps": self.steps, "best": self.best, "totals": self.totals}
         moving |= {"minutes": self.minutes + (time.time() - self.start) / 60, "random": numbers}
         moving |= {"adam": self.adam.state_dict(), "rate": self.rate.state_dict(), "scaler": self.scaler.state_dict()}
         tuned = {name: x.detach().cpu() for name, x in self.model.tuned()}
@@ -147,7 +159,7 @@ class Run:
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
         random.setstate((3, tuple(moving["random"]["python"]), None))
         torch.set_rng_state(moving["random"]["torch"]), torch.cuda.set_rng_state_all(moving["random"]["cuda"])
-        self.minutes = moving["minutes"]
+        self.minutes, self.totals = moving["minutes"], moving["totals"]
 
     def log(self, **line):
         with open(self.out / "log.jsonl", "a") as file:
@@ -186,43 +198,6 @@ def pick_dtype(device, wish):
     if torch.cuda.is_bf16_supported():
         return torch.bfloat16, "this GPU has bf16, which needs no scaler"
     return torch.float16, "this GPU has no bf16; the loss is scaled"
-
-
-# ---------------------------------------------------------------------------------------------------- pictures
-def draw_curves(out):
-    """curves.png: loss over steps, and val metrics by epoch, read back from log.jsonl."""
-    from matplotlib.figure import Figure
-
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "loss" in line]
-    figure = Figure((9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    steps = [line["step"] for line in lines]
-    left.plot(steps, [line["loss"] for line in lines], "o-", color="#0072B2")
-    left.set(xlabel="step", ylabel="text-to-pixel loss, mean of the epoch", ylim=0)
-    for key, colour in (("oIoU", "#0072B2"), ("mIoU", "#D55E00"), ("Pr@0.5", "#009E73")):
-        right.plot(steps, [line["val"][key] for line in lines], "o-", label=key, color=colour)
-    right.set(xlabel="step", ylabel="val, percent", ylim=(0, 100))
-    right.legend()
-    figure.savefig(out / "curves.png", dpi=120)
-
-
-def draw_predictions(run, source):
-    """predictions_<epoch>.png: the same few objects of val, first sentence each, every epoch."""
-    from matplotlib.figure import Figure
-    from predict import probabilities
-
-    items = [source[i] for i in range(min(6, len(source)))]
-    figure = Figure((2.6 * len(items), 5.6), layout="constrained")
-    rows = figure.subplots(2, len(items), squeeze=False)
-    for above, below, item in zip(*rows, items, strict=True):
-        found = probabilities(run.model, item.picture, [item.sentences[0]])[0] > 0.35
-        for axis, mask, title in ((above, item.mask, item.sentences[0]), (below, found, "predicted")):
-            axis.imshow(item.picture)
-            axis.imshow(np.ma.masked_equal(np.asarray(mask), False), cmap="spring", alpha=0.6, interpolation="nearest")
-            axis.set_title(title[:32], fontsize=8, parse_math=False)
-            axis.axis("off")
-    figure.savefig(run.out / f"predictions_{run.epoch:02d}.png", dpi=90)
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -331,7 +306,7 @@ def fit(run, train_source, val_source):
         start = time.time()
         loss, iou = train_epoch(run, train_source, bar)
         val = validate(run, val_source)
-        run.epoch, run.done = run.epoch + 1, 0
+        run.epoch, run.done, run.totals = run.epoch + 1, 0, [0.0, 0.0]
         run.log(epoch=run.epoch, step=run.steps, loss=loss, train_IoU=iou, val=val, rate=run.rate.get_last_lr(),
                 seconds=round(time.time() - start, 1))  # fmt: skip
         tqdm.write(f"epoch {run.epoch}: loss {loss:.3f}, val oIoU {val['oIoU']:.1f} mIoU {val['mIoU']:.1f}")
@@ -339,7 +314,8 @@ def fit(run, train_source, val_source):
             run.best = val["mIoU"]
             run.save("best.pt")
         run.save("last.pt")
-        draw_curves(run.out), draw_predictions(run, val_source)
+        draw_curves(run.out)
+        draw_predictions(run.model, val_source, run.out / f"predictions_{run.epoch:02d}.png")
     bar.close()
 
 
@@ -387,13 +363,16 @@ def main(argv=None):
         run.log(**provenance(args, model))
     if args.overfit:
         print(f"the logit grid's ceiling: mIoU {grid_ceiling(val_source, args.size)['mIoU']:.1f}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = [signal.signal(kind, run.interrupt) for kind in (signal.SIGINT, signal.SIGTERM)]
     try:
         fit(run, train_source, val_source)
     except KeyboardInterrupt:
         run.save("last.pt")
         print(f"\nstopped at step {run.steps:,}; go on with --resume --out {run.out}", file=sys.stderr)
         raise SystemExit(130) from None
+    finally:
+        for kind, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(kind, handler)
     finish(run, test_source(args, val_source))
 
 

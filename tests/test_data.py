@@ -265,7 +265,7 @@ def pixel(path, image, **options):
 
 
 def test_pictures_of_every_mode_become_rgb(tmp_path):
-    """Worked by hand: 16-bit grey 65534 / 257 = 254.99, cut to 254; half transparent black over white = 127; index 1 is red."""
+    """Worked by hand: 16-bit grey 65534 / 257 = 254.99, cut to 254; half transparent black over white is 127."""
     grey16 = Image.fromarray(np.full((2, 2), 65534, np.uint16))
     palette = Image.new("P", (2, 2), 1)
     palette.putpalette([0, 0, 0, 255, 0, 0])

@@ -1,0 +1,295 @@
+"""2. etris.py: Bridger (3.2), hierarchical and global alignment, projector (3.3), loss (3.4), and what is trained."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import etris
+from clip_model import CLIP, SIZES, Size, UserError, build_clip, fill_by_name, load_clip, padding, tokenize
+from etris import (
+    Gate,
+    GatedInteractor,
+    Interactor,
+    Projector,
+    assemble,
+    set_fast,
+    sine,
+    sine_grid,
+    text_to_pixel_loss,
+    zoom,
+)
+
+RESNET, VIT = Size(32, 64, (1, 1, 1, 1), 8, None, 64, 3, 20), Size(32, 64, 3, 64, 16, 64, 3, 20)
+KINDS = pytest.mark.parametrize("size", [RESNET, VIT], ids=["ResNet", "ViT"])
+
+
+def small(size=RESNET, **options):
+    torch.manual_seed(0)
+    clip = CLIP(size)
+    clip = build_clip(fill_by_name(clip.state_dict()))
+    return assemble(clip, 64, 8, width=16, dropout=0.0, **options)
+
+
+def inputs(count=2, side=64):
+    texts = ["the red cat on the left", "dog", "ring", "two big stars"][:count]
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1)), tokenize(texts, 8)
+
+
+# ---- counts: SPEC 5.1, to the last parameter
+COUNTS = {  # Bridger, HA, GA, projector, positions, all trainable, backbone with connect
+    "RN50": (1_942_080, 12_867_072, 7_899_136, 5_968_897, 141_824, 28_819_009, 104_106_337),
+    "RN101": (1_942_080, 11_556_352, 7_899_136, 4_788_737, 141_824, 26_328_129, 120_737_633),
+    "ViT-B-16": (598_592, 9_983_488, 7_899_136, 4_788_737, 559_360, 23_829_313, 149_989_377),
+}
+
+
+def count(module, trainable=False):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable)
+
+
+def on_paper(name, **options):
+    with torch.device("meta"):
+        return assemble(CLIP(SIZES[name]).requires_grad_(False), 416, 17, **options)
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_released_model_has_the_counts_of_the_original(name):
+    """Measured by instantiating the original; nothing is left over (SPEC 5.1)."""
+    model = on_paper(name, released=True)
+    connect = count(model.connect) if model.connect else 0
+    parts = [count(part) for part in (model.bridger, model.hierarchical, model.global_, model.projector)]
+    trained = sum(p.numel() for p in etris.positions(model.clip))
+    found = (*parts, trained, count(model, trainable=True), count(model.clip) + connect)
+    assert found == COUNTS[name]
+
+
+@pytest.mark.parametrize("width", [8, 16, 32, 64, 128])
+def test_the_bridgers_count_by_hand(width):
+    """zoom 2d·ΣCk² + linears 3(1024d + d + 512) + six interactors + norms 8d, against the module (table 7's widths)."""
+    d = width
+    zooms = 2 * d * (512 * 4 + 1024 + 2048 * 4)
+    interactors = 6 * (2 * (4 * d * d + 4 * d) + 256 * d + 128 + d + 6 * d)
+    assert count(on_paper("RN101", width=d, heads=4).bridger) == zooms + 3 * (1024 * d + d + 512) + interactors + 8 * d
+
+
+# ---- section 3.2: the Bridger
+def test_zoom_layers_shrink_grow_and_come_back():
+    """Equation 4: 2×2 stride 2 both ways; the ViT's carry BatchNorm and ReLU, the ResNet's nothing."""
+    x = torch.randn(2, 8, 12, 12)
+    assert zoom(8, 4, 2, False, False)(x).shape == (2, 4, 6, 6)
+    assert zoom(8, 4, 2, True, False)(x).shape == (2, 4, 24, 24)
+    assert [type(m).__name__ for m in zoom(8, 4, 1, True, True)] == ["ConvTranspose2d", "BatchNorm2d", "ReLU"]
+
+
+@torch.no_grad()
+def test_the_interactor_is_three_branches_each_added_then_normalised():
+    """Equation 5 line by line, for both streams of unequal length."""
+    torch.manual_seed(0)
+    m, x, other = Interactor(8, 2, dropout=0.0), torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    y = F.layer_norm(x + m.self_attn(x), (8,))
+    y = F.layer_norm(y + m.cross_attn(y, other, other), (8,))
+    y = F.layer_norm(y + m.linear2(m.linear1(y).relu()), (8,))
+    assert torch.allclose(m(x, other), y, atol=1e-6)
+    g = GatedInteractor(8, 2)
+    assert torch.allclose(g(x, other), x * g.cross_attn(x, other, other))
+
+
+@KINDS
+@torch.no_grad()
+def test_without_bridges_the_encoders_are_plain_clip_bit_for_bit(size):
+    """Stage maps, word and sentence features; with bridges they differ from the first bridge on."""
+    model, (images, tokens) = small(size, stages=()).eval(), inputs()
+    clip, seen = model.clip, model.look(images, tokens)
+    v, t = clip.visual.stem(images), clip.stem(tokens)
+    for i in range(3):
+        v, t = clip.visual.stages[i](v), clip.stages[i](t)
+        assert torch.equal(seen[f"visual{i}.after"], clip.visual.as_map(v)) and torch.equal(seen[f"text{i}.after"], t)
+    words, sentence = clip.head(t, tokens)
+    assert torch.equal(seen["words"], words) and torch.equal(seen["sentence"], sentence)
+    bridged = small(size).eval().look(images, tokens)
+    assert torch.equal(bridged["visual0.before"], seen["visual0.before"])
+    assert not torch.equal(bridged["visual0.after"], seen["visual0.after"])
+
+
+@torch.no_grad()
+def test_the_carry_is_the_interactors_input_normalised_with_the_next():
+    """differs from equation 2: what bridge 1 reads is LN(zoomed-in + what bridge 0 read)."""
+    model, (images, tokens) = small().eval(), inputs()
+    seen, b = model.look(images, tokens), model.bridger
+    x0 = b["0"].zoom_in(seen["visual0.before"]).flatten(2).mT
+    x1 = b["1"].zoom_in(seen["visual1.before"]).flatten(2).mT
+    *_, (x, _) = b["1"](seen["visual1.before"], seen["text1.before"], (x0, torch.zeros(2, 8, 16)), padding(tokens))
+    assert torch.allclose(x, F.layer_norm(x0 + x1, (16,)), atol=1e-6)
+
+
+@KINDS
+@torch.no_grad()
+def test_what_follows_the_end_of_the_sentence_changes_nothing(size):
+    """Masked padding: any ids after the end mark (below it) give the same logits; the original's do move."""
+    images, tokens = inputs()
+    other = torch.where(padding(tokens), 77, tokens)
+    model = small(size).eval()
+    assert torch.allclose(model(images, tokens), model(images, other), atol=1e-6)
+    model.mask_padding = False
+    assert not torch.allclose(model(images, tokens), model(images, other), atol=1e-6)
+
+
+# ---- section 3.3: the decoder
+@torch.no_grad()
+def test_attention_over_one_key_is_a_gate():
+    """The softmax of one score is 1, whatever query and key say: W_o(W_v s + b_v) + b_o; the fast path computes that."""
+    torch.manual_seed(0)
+    gate, f, s = Gate(16, 4), torch.randn(2, 9, 16), torch.randn(2, 16)
+    plain = gate(f, s)
+    gate.in_proj_weight[:32] = torch.randn(32, 16)
+    assert torch.allclose(gate(f, s), plain, atol=1e-6)
+    gate.fast = True
+    assert torch.allclose(gate(f, s), plain, atol=1e-6)
+
+
+def test_sine_positions_interleave_and_split_the_axes():
+    """Position 1, first pair: sin 1, cos 1. On the grid, channel 0 follows x, channel C/2 follows y."""
+    assert sine(3, 8)[1, :2].tolist() == pytest.approx([math.sin(1), math.cos(1)])
+    assert sine(3, 8)[2, 2].item() == pytest.approx(math.sin(2 * 10000 ** (-2 / 8)))
+    grid = sine_grid(2, 3, 8).view(2, 3, 8)
+    assert torch.allclose(grid[:, :, 0], torch.arange(3.0).sin().expand(2, 3))
+    assert torch.allclose(grid[:, :, 4], torch.arange(2.0).sin()[:, None].expand(2, 3))
+
+
+@torch.no_grad()
+def test_the_projector_convolves_each_picture_with_its_own_sentences_kernel():
+    """A slow loop over the batch with F.conv2d, against both paths (equation 9)."""
+    torch.manual_seed(0)
+    p, features, sentence = Projector(small().clip).eval(), torch.randn(3, 64, 4, 4), torch.randn(3, 32)
+    x, (kernel, bias) = p.vis(features), p.kernel(sentence)
+    slow = torch.cat([F.conv2d(x[i : i + 1], kernel[i : i + 1], bias[i : i + 1], padding=1) for i in range(3)])
+    for p.fast in (False, True):
+        assert torch.allclose(p(features, sentence), slow, atol=1e-4 * slow.abs().max())
+
+
+# ---- section 3.4: the loss
+def test_the_loss_by_hand_on_a_two_by_two_picture():
+    """Equations 10 and 11: the object at the top left, logit 2 there and −1 elsewhere."""
+    logits, mask = torch.tensor([[[[2.0, -1.0], [-1.0, -1.0]]]]), torch.zeros(1, 1, 8, 8)
+    mask[..., :4, :4] = 1
+    sigma = lambda z: 1 / (1 + math.exp(-z))  # noqa: E731
+    by_hand = (-math.log(sigma(2)) - 3 * math.log(1 - sigma(-1))) / 4
+    assert text_to_pixel_loss(logits, mask).item() == pytest.approx(by_hand, rel=1e-6)
+    shifted = mask.roll((1, 1), (2, 3))  # a quarter-pixel's worth of the object leaves the first logit's place
+    assert text_to_pixel_loss(logits, shifted).item() != pytest.approx(by_hand, rel=1e-3)
+    assert text_to_pixel_loss(logits, shifted, nearest=True).item() > text_to_pixel_loss(logits, shifted).item()
+
+
+# ---- the whole
+@KINDS
+@torch.no_grad()
+def test_logits_are_a_quarter_of_the_picture_and_items_do_not_touch(size):
+    """(B, 1, S/4, S/4); each item alone gives what it gives in a batch, at another size than the native one too."""
+    model = small(size).eval()
+    for side in (64, 96):
+        images, tokens = inputs(4, side)
+        together = model(images, tokens)
+        assert together.shape == (4, 1, side // 4, side // 4)
+        alone = torch.cat([model(images[i : i + 1], tokens[i : i + 1]) for i in range(4)])
+        assert torch.allclose(together, alone, atol=1e-5 * together.abs().max())
+
+
+@KINDS
+def test_the_fast_path_gives_the_same_outputs_and_gradients(size):
+    """float64: max|Δ| / max|·| ≤ 1e-10."""
+    model, (images, tokens) = small(size).double().eval(), inputs()
+    results = []
+    for on in (False, True):
+        set_fast(model, on).zero_grad()
+        logits = model(images.double(), tokens)
+        logits.square().mean().backward()
+        results.append([logits] + [p.grad for n, p in model.named_parameters() if p.grad is not None and "gates" not in n])
+    for plain, fast in zip(*results, strict=True):
+        assert (plain - fast).abs().max() <= 1e-10 * plain.abs().max().clamp(min=1e-30)
+
+
+def train_a_little(model, steps=2):
+    images, tokens = inputs()
+    masks = (torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(2)) > 0.8).float()
+    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
+    for _ in range(steps):
+        adam.zero_grad()
+        text_to_pixel_loss(model(images, tokens), masks).backward()
+        adam.step()
+    return model
+
+
+@KINDS
+@pytest.mark.parametrize("options", [{}, {"released": True}], ids=["ours", "released"])
+def test_frozen_means_frozen(size, options):
+    """After training steps CLIP's tensors, BatchNorm's statistics included, are bit-identical but for those named."""
+    model = small(size, **options)
+    before = {n: x.clone() for n, x in model.clip.state_dict().items()}
+    head = model.projector.txt.weight.clone()
+    train_a_little(model)
+    moved = {n for n, x in model.clip.state_dict().items() if not torch.equal(x, before[n])}
+    holder = "visual." if size.patch else "visual.attnpool."
+    named = {"positional_embedding", f"{holder}positional_embedding"} if options else set()
+    assert moved == named
+    assert not torch.equal(model.projector.txt.weight, head) and model.projector.training and not model.clip.training
+
+
+@KINDS
+def test_every_tuned_parameter_gets_a_gradient_but_the_gates_queries_and_keys(size):
+    """SPEC 0: in three gates of width D the 2·(D² + D) numbers of queries and keys stay at zero, at any width."""
+    model = train_a_little(small(size, connect=True), steps=1)
+    dead, slices = [], 0
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            assert p.grad is None
+        elif "gates" in name and "in_proj" in name:
+            third = len(p) // 3
+            assert p.grad[: 2 * third].abs().max() <= 1e-9 < p.grad[2 * third :].abs().max()
+            slices += p[: 2 * third].numel()
+        elif p.grad is None or not p.grad.abs().max() > 0:
+            dead.append(name)
+    assert dead == [] and slices == 3 * 2 * (64 * 64 + 64)
+    assert 3 * 2 * (512 * 512 + 512) == 1_575_936  # what that is at the paper's size
+
+
+def test_tuned_is_what_training_changes_with_its_buffers():
+    """Parameters that move and BatchNorm's statistics of tuned modules; nothing of the frozen CLIP."""
+    model = small()
+    names = [name for name, _ in model.tuned()]
+    assert "bridger.0.zoom_in.0.weight" in names and "hierarchical.merge.1.running_mean" in names
+    assert not any(name.startswith("clip.") for name in names)
+    trained = [name for name, _ in small(train_positions=True).tuned() if name.startswith("clip.")]
+    assert trained == ["clip.positional_embedding", "clip.visual.attnpool.positional_embedding"]
+
+
+@KINDS
+def test_look_names_what_a_notebook_asks_for(size):
+    """Stage maps before and after each bridge, attention maps that sum to one, the sentence's kernel."""
+    model, (images, tokens) = small(size).eval(), inputs()
+    seen = model.look(images, tokens)
+    assert seen["kernel"].shape == (2, 32, 3, 3) and seen["logits"].shape == (2, 1, 16, 16)
+    attention = seen["bridger.1.interact_v.cross_attn"]
+    assert attention.shape == (2, 8 if size.patch else 4, 16, 8)
+    assert torch.allclose(attention.sum(-1), torch.ones(2, attention.shape[1], 16))
+    assert attention[1, :, :, 3:].max() == 0  # "dog" is start, dog, end: no place looks at its padding
+    assert torch.equal(seen["logits"], model(images, tokens)) and model.seen is None
+
+
+def test_a_size_the_strides_do_not_divide_is_said():
+    with pytest.raises(UserError, match="picture size 80×80: choose --size a multiple of 32"):
+        small()(torch.randn(1, 3, 80, 80), tokenize("a", 8))
+
+
+def test_the_same_seed_builds_the_same_decoder_with_and_without_bridges():
+    """Rows of an experiment share their decoder's initial values."""
+    a, b = small(), small(stages=())
+    assert torch.equal(a.projector.txt.weight, b.projector.txt.weight)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-vit"])
+def test_the_tiny_presets_go_through_the_same_loop(name):
+    clip = load_clip(name, "random")
+    model = assemble(clip, 128, 17, width=32).eval()
+    assert model(torch.randn(1, 3, 128, 128), tokenize("a red ring", 17)).shape == (1, 1, 32, 32)

@@ -1,0 +1,227 @@
+"""4. train.py: the loop, its settings, and a run that stops and goes on as if it never had."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import record, write_folder
+
+import train
+from clip_model import HERE, UserError
+from data import Source
+from official import load_checkpoint, read_checkpoint
+
+FAST = ["--weights", "random", "--limit", "8", "--batch-size", "4", "--device", "cpu", "--size", "64"]
+
+
+@pytest.fixture(autouse=True)
+def leave_torch_as_it_was():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def run(out, *more):
+    train.main([*FAST, "--out", str(out), *map(str, more)])
+    return read_checkpoint(out / "last.pt")
+
+
+def same(a, b):
+    """Whether two checkpoints hold bit-identical tensors, optimiser, dice and counters."""
+    tensors = [torch.equal(a["tuned"][n], b["tuned"][n]) for n in a["tuned"]]
+    moments = [torch.equal(x, b["training"]["adam"]["state"][i][k])
+               for i, state in a["training"]["adam"]["state"].items() for k, x in state.items()]  # fmt: skip
+    rest = [a["training"][k] == b["training"][k] for k in ("epoch", "done", "steps", "best", "rate", "scaler")]
+    return all(tensors) and all(moments) and all(rest)
+
+
+def test_a_run_leaves_the_folder_that_the_readme_promises(tmp_path):
+    """args, log with provenance first, checkpoints, curves, pictures by epoch, result with metrics and minutes."""
+    checkpoint = run(tmp_path / "a", "--steps", 4)
+    files = {path.name for path in (tmp_path / "a").iterdir()}
+    assert files == {"args.json", "log.jsonl", "last.pt", "best.pt", "curves.png", "result.json",
+                     "predictions_01.png", "predictions_02.png"}  # fmt: skip
+    first, *epochs = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert {"command", "commit", "torch", "hardware", "seed", "frozen"} <= set(first)
+    assert [line["step"] for line in epochs] == [2, 4] and "mIoU" in epochs[0]["val"]
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert {"oIoU", "mIoU", "Pr@0.5", "Pr@0.9", "minutes", "sentences", "refs", "images"} <= set(result)
+    assert result["split"] == "test" and result["refs"] == 8
+    assert not any(name.startswith("clip.") for name in checkpoint["tuned"])  # never the frozen tensors
+
+
+def test_two_and_two_steps_are_four(tmp_path, monkeypatch):
+    """Stopped in the middle of the second epoch and resumed: bit-identical, dropout's dice included."""
+    whole = run(tmp_path / "whole", "--steps", 6, "--dropout", "0.1")
+    real, calls = train.step, []
+
+    def interrupted(run, batch):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)  # arrives in a step, waits for its end
+        return real(run, batch)
+
+    monkeypatch.setattr(train, "step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "parts", "--steps", 6, "--dropout", "0.1")
+    assert stop.value.code == 130 and read_checkpoint(tmp_path / "parts" / "last.pt")["training"]["done"] == 1
+    monkeypatch.setattr(train, "step", real)
+    assert same(whole, run(tmp_path / "parts", "--steps", 6, "--dropout", "0.1", "--resume"))
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines()[1:] for name in ("whole", "parts")]
+    assert [[json.loads(line)["loss"] for line in log] for log in logs][0] == pytest.approx(
+        [json.loads(line)["loss"] for line in logs[1]])  # fmt: skip
+
+
+def test_resume_without_a_checkpoint_starts_fresh_and_says_so(tmp_path, capsys):
+    run(tmp_path / "new", "--steps", 1, "--resume")
+    assert "is not there: starting fresh" in capsys.readouterr().out
+
+
+def test_resume_refuses_another_backbone_and_names_it(tmp_path, capsys):
+    run(tmp_path / "a", "--steps", 1)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "a", "--steps", 1, "--resume", "--backbone", "tiny-vit")
+    assert "was trained with --backbone tiny, not tiny-vit" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_moved_aside_not_overwritten(tmp_path):
+    run(tmp_path / "a", "--steps", 1)
+    before = (tmp_path / "a" / "best.pt").read_bytes()
+    run(tmp_path / "a", "--steps", 1)
+    assert (tmp_path / "a-1" / "best.pt").read_bytes() == before
+
+
+def test_the_checkpoint_gives_the_model_that_was_trained(tmp_path):
+    """Loading builds the frozen CLIP anew and adds the tuned tensors: the same logits."""
+    run(tmp_path / "a", "--steps", 2)
+    model = load_checkpoint(tmp_path / "a" / "last.pt")
+    again = load_checkpoint(tmp_path / "a" / "last.pt")
+    images, tokens = torch.randn(1, 3, 64, 64), torch.tensor([[49406, 736, 49407, 0]])
+    with torch.no_grad():
+        assert torch.equal(model(images, tokens), again(images, tokens))
+    assert not model.training and (model.size, model.words) == (64, 17)
+
+
+def test_micro_batches_add_up_to_the_whole_batch(tmp_path):
+    """With BatchNorm in evaluation mode, four refs at once and two times two give the same gradient."""
+    args = train.arguments([*FAST, "--out", str(tmp_path), "--dropout", "0"])
+    batch = next(iter(train.train_loader(train.TrainSet(train.open_sources(args)[0], 64, 17), 4, 0)))
+    gradients = []
+    for args.accumulate in (1, 2):
+        torch.manual_seed(0)
+        model = train.build("tiny", weights="random", size=64, dropout=0.0, width=32).eval()
+        state = train.Run(args, model, torch.device("cpu"), torch.float32, 10)
+        state.adam = type("Keep", (), {"step": lambda *_: None, "zero_grad": lambda *_: None})()
+        state.scaler = type("Plain", (), {"scale": lambda _, x: x, "step": lambda *_: None, "update": lambda *_: None})()
+        state.rate = type("Still", (), {"step": lambda *_: None})()
+        train.step(state, batch)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert torch.allclose(*gradients, atol=1e-5 * gradients[0].abs().max())
+
+
+def test_the_papers_settings_are_the_presets():
+    """Section 4.2: 416, 50 epochs, batch 32, Adam 1e-4, the Bridger 1e-3 on a ViT, 0.1 after epoch 35; words 17 / 22."""
+    args = train.arguments(["--backbone", "RN101", "--dataset", "refcoco"])
+    assert (args.size, args.epochs, args.batch_size, args.lr, args.bridge_lr, args.words) == (416, 50, 32, 1e-4, 1e-4, 17)
+    args = train.arguments(["--backbone", "ViT-B-16", "--dataset", "refcocog-umd"])
+    assert (args.lr, args.bridge_lr, args.words) == (1e-4, 1e-3, 22)
+    factor = train.schedule("step", 50 * 1325)
+    assert (factor(35 * 1325 - 1), factor(35 * 1325)) == (1.0, 0.1)
+
+
+def test_the_bridger_has_its_own_rate(tmp_path):
+    args = train.arguments(["--backbone", "ViT-B-16", "--lr", "2e-4", "--out", str(tmp_path)])
+    model = train.build("tiny-vit", weights="random", size=64, width=32)
+    groups = train.Run(args, model, torch.device("cpu"), torch.float32, 10).adam.param_groups
+    assert [group["initial_lr"] for group in groups] == pytest.approx([2e-4, 2e-3])
+    bridger = sum(p.numel() for p in model.bridger.parameters())
+    assert sum(p.numel() for p in groups[1]["params"]) == bridger
+
+
+def test_overfit_takes_the_largest_masks():
+    """--overfit 2: of eight objects the two that cover most, repeated for training, once for validation."""
+    args = train.arguments([*FAST, "--overfit", "2"])
+    training, validation = train.open_sources(args)
+    shares = sorted(np.mean(item.mask) for item in train.open_dataset("scenes", "train", limit=8, side=64).items)
+    assert sorted(np.mean(item.mask) for item in validation.items) == shares[-2:]
+    assert len(training) == 80 and isinstance(training, Source)
+
+
+def test_a_folder_without_val_is_validated_on_train_and_that_is_said(tmp_path, capsys):
+    folder = write_folder(tmp_path / "own", [record(0), record(1)])
+    train.main([*FAST, "--dataset", str(folder), "--steps", "1", "--out", str(tmp_path / "run")])
+    assert "validating on the train split" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_no_number_stops_with_step_rate_and_refs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "text_to_pixel_loss", lambda logits, *_, **__: logits.sum() * float("nan"))
+    with pytest.raises(SystemExit):
+        run(tmp_path / "a", "--steps", 1)
+    error = capsys.readouterr().err
+    assert "the loss is nan at step 0" in error and "refs [" in error
+
+
+def test_the_real_sample_trains_and_every_split_is_evaluated(refer_sample, tmp_path, capsys):
+    """Tiny CLIP on real photographs: plumbing, not a benchmark; the google sample has no train split, and says so."""
+    from evaluate import main as evaluate
+
+    train.main([*FAST[:2], "--dataset", "refcoco", "--data", str(refer_sample), "--size", "64", "--steps", "2",
+                "--batch-size", "8", "--out", str(tmp_path / "a")])  # fmt: skip
+    sets = [("refcoco", "val"), ("refcoco", "testA"), ("refcoco", "testB"), ("refcocog-google", "val")]
+    for name, split in sets:
+        evaluate([str(tmp_path / "a" / "best.pt"), "--dataset", name, "--split", split, "--data", str(refer_sample),
+                  "--json", str(tmp_path / f"{name}-{split}.json")])  # fmt: skip
+        result = json.loads((tmp_path / f"{name}-{split}.json").read_text())
+        assert result["split"] == split and result["sentences"] > 0
+    with pytest.raises(SystemExit):
+        train.main(["--dataset", "refcocog-google", "--data", str(refer_sample), "--out", str(tmp_path / "b")])
+    assert "split train has no refs" in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
+BAD = {
+    "unknown backbone": (["--backbone", "RN99"], "unknown backbone 'RN99'"),
+    "unknown data set": (["--dataset", "cococo"], "cococo"),
+    "missing folder": (["--dataset", "refcoco", "--data", "nowhere"], "prepare.py refcoco"),
+    "a size the strides do not divide": (["--size", "100"], "multiple of 32"),
+    "a rate below zero": (["--lr", "-1"], "--lr -1.0"),
+    "too many words": (["--words", "90"], "--words 90"),
+    "missing weights": (["--weights", "nowhere.pt"], "nowhere.pt"),
+    "a checkpoint that is none": (["--resume", "pyproject.toml"], "pyproject.toml"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_a_user_did_wrong_is_one_line_and_exit_status_2(case, tmp_path):
+    """The real command in its own process: nothing half-written."""
+    arguments, named = BAD[case]
+    command = [sys.executable, str(HERE / "train.py"), "--steps", "1", "--limit", "4", "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=HERE)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode == 2 and len(lines) == 1 and named in lines[0], done.stderr
+    assert not (tmp_path / "out").exists() or case == "a checkpoint that is none"
+
+
+def test_no_network_and_no_weights_names_the_three_ways_out(tmp_path):
+    environment = os.environ | {"ETRIS_CACHE": str(tmp_path / "cache"), "HTTPS_PROXY": "http://127.0.0.1:9",
+                                "https_proxy": "http://127.0.0.1:9", "no_proxy": "", "NO_PROXY": ""}  # fmt: skip
+    command = [sys.executable, str(HERE / "train.py"), "--backbone", "RN101", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE, env=environment)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and all(way in last for way in ("--weights FILE", "--weights random", "network"))
+
+
+def test_bf16_and_deterministic_runs_go_through(tmp_path):
+    run(tmp_path / "a", "--steps", 1, "--amp", "bf16")
+    a, b = (run(tmp_path / name, "--steps", 2, "--deterministic") for name in ("b", "c"))
+    assert same(a, b)
+
+
+def test_positive_numbers_only():
+    with pytest.raises(SystemExit):
+        train.arguments(["--steps", "0"])
+    with pytest.raises(UserError):
+        train.arguments(["--backbone", "?"])
