@@ -12,8 +12,6 @@ import gzip
 import hashlib
 import html
 import sys
-import warnings
-import zipfile
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -461,38 +459,12 @@ def fill_by_name(state: dict, seed: int = 0) -> dict:
     return state
 
 
-def read_weights(path) -> dict:
-    """A TorchScript archive or a plain state dict → CLIP's tensors under OpenAI's names, in fp32.
-
-    Our own tiny files hold only the token rows that occur in pre-training; the rest are drawn from a fixed seed.
-    """
-    try:
-        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
-        archive = any(name.endswith("constants.pkl") for name in names)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit.load is deprecated, and the only reader of OpenAI's archives
-            load = torch.jit.load if archive else functools.partial(torch.load, weights_only=True)
-            state = load(str(path), map_location="cpu")
-        state = dict(state.state_dict() if archive else state)
-        rows = state.pop("token_rows", None)
-        skip = ("input_resolution", "context_length", "vocab_size")
-        state = {name: x.float() if x.is_floating_point() else x for name, x in state.items() if name not in skip}
-    except Exception as error:  # torch raises a dozen kinds here, pickle more: all mean the same to the user
-        raise UserError(f"{path}: no CLIP weights that can be read safely ({type(error).__name__}): give another "
-                        "--weights FILE, OpenAI's archive or a plain state dict") from error  # fmt: skip
-    if rows is not None:
-        known = state["token_embedding.weight"]
-        drawn = torch.randn(49408, known.shape[1], generator=torch.Generator().manual_seed(0)) * known.std()
-        state["token_embedding.weight"] = drawn.index_copy(0, rows, known)
-    return state
-
-
 def build_clip(state: dict, source="these weights") -> CLIP:
     """A CLIP of the sizes the state dict shows, loaded strictly, frozen, in evaluation mode."""
     try:
         clip = CLIP(Size.of(state))
         clip.load_state_dict(state, strict=True)
-    except (KeyError, RuntimeError, ValueError, IndexError) as error:
+    except (KeyError, RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{source}: not a CLIP under OpenAI's names ({reason}): give another --weights FILE") from error
     clip.identity = {"sha256": fingerprint(state)}
@@ -506,21 +478,18 @@ def load_clip(name: str, weights=None, seed: int = 0) -> CLIP:
     """
     if name not in SIZES:
         raise UserError(f"unknown backbone {name!r}: choose one of {', '.join(SIZES)}")
+    from official import read_weights  # the one file that reads files from outside
+
+    shipped = HERE / "weights" / f"{name}.pt"
     if weights == "random":
-        clip = CLIP(SIZES[name])
-        state, weights = fill_by_name(clip.state_dict(), seed), f"random, seed {seed}"
-        clip = build_clip(state)
+        clip, weights = build_clip(fill_by_name(CLIP(SIZES[name]).state_dict(), seed)), f"random, seed {seed}"
     else:
-        if not weights:
+        if not weights and not shipped.exists():
             from prepare import clip_file  # the one file that talks to the network
 
-            shipped = HERE / "weights" / f"{name}.pt"
-            weights = clip_file(name) if not shipped.exists() else shipped
-        weights = Path(weights)
-        if not weights.is_file():
-            raise UserError(f"{weights}: no such file: give another --weights FILE")
-        clip = build_clip(read_weights(weights), weights)
+            weights = clip_file(name)
+        clip = build_clip(read_weights(weights or shipped), weights or shipped)
     if clip.size != SIZES[name]:
         raise UserError(f"{weights}: holds a CLIP of other sizes than {name}: give the --backbone it belongs to")
-    clip.identity = {"name": name, "weights": Path(weights).name, **clip.identity}
+    clip.identity = {"name": name, "weights": Path(weights or shipped).name, **clip.identity}
     return clip

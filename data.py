@@ -118,11 +118,21 @@ def choose(name, split, refs, limit, side) -> list[Item] | Scenes:
     if refs is None:
         return Scenes(name, split, limit=limit, side=side)
     refs = [ref for ref in refs if ref.split == split][:limit]
-    gone = {str(ref.picture) for ref in refs if not ref.picture.is_file()}
-    if gone:  # said now, not after an hour of training
+    gone = {ref.picture for ref in refs if not ref.picture.is_file()}
+    noted = missing_in(min(gone).parents[2]) if gone else set()  # DIR/images/train2014/x.jpg
+    known = {path for path in gone if path.name in noted}
+    if gone - known:  # said now, not after an hour of training
         remedy = f"get them with `python prepare.py {name} --data DIR`"
-        raise UserError(f"{min(gone)} is missing, and {len(gone) - 1:,} more pictures: {remedy}")
-    return refs
+        raise UserError(f"{min(gone - known)} is missing, and {len(gone - known) - 1:,} more pictures: {remedy}")
+    if known:
+        print(f"{name} {split}: leaving out the refs of {len(known):,} pictures that prepare.py could not get")
+    return [ref for ref in refs if ref.picture not in known]
+
+
+def missing_in(folder) -> set[str]:
+    """Names of the pictures that prepare.py could not get: the first word of each line of missing.txt."""
+    note = Path(folder, "missing.txt")
+    return {line.split("\t")[0] for line in note.read_text("utf-8").splitlines()} if note.is_file() else set()
 
 
 @contextlib.contextmanager
@@ -312,26 +322,12 @@ def main(argv=None):
     add("--seed", type=int, default=0, help="which ones")
     add("--out", default="sheet.png", metavar="FILE")
     args = parser.parse_args(argv)
+    from predict import contact_sheet  # where the pictures are drawn
+
     source = open_dataset(args.dataset, args.split, args.data)
     chosen = np.random.default_rng(args.seed).permutation(len(source))[: args.number].tolist()
     contact_sheet([source[i] for i in sorted(chosen)], args.out)
     print(f"{source.name} {source.split} {source.counts()}; {len(chosen)} of them in {args.out}")
-
-
-def contact_sheet(items, out):
-    """Pictures with their object outlined and their sentences below, four in a row, as one PNG."""
-    from matplotlib.figure import Figure  # here, for only this needs it and it is slow to import
-
-    figure = Figure((13, 3.4 * -(-len(items) // 4)), dpi=100)
-    for place, item in enumerate(items, 1):
-        axis = figure.add_subplot(-(-len(items) // 4), 4, place)
-        axis.imshow(item.picture)
-        axis.contour(item.mask, [0.5], colors=["black"], linewidths=[3])  # twice, to be seen on any colour
-        axis.contour(item.mask, [0.5], colors=["white"], linewidths=[1])
-        lines = "\n".join(sentence[:44] for sentence in item.sentences[:4])
-        axis.text(0.5, -0.03, lines, fontsize=8, ha="center", va="top", transform=axis.transAxes, parse_math=False)
-        axis.axis("off")
-    figure.savefig(out, format="png", bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -236,6 +236,13 @@ def text_to_pixel_loss(logits: Tensor, masks: Tensor, nearest: bool = False) -> 
 
 
 # ------------------------------------------------------------------------------------------------------ the whole
+def check_size(clip, *sides):
+    """UserError where the encoder's strides do not divide a picture's sides."""
+    if any(side % clip.visual.stride for side in sides):
+        shape = "×".join(map(str, sides))
+        raise UserError(f"picture size {shape}: choose --size a multiple of {clip.visual.stride}")
+
+
 class ETRIS(nn.Module):
     """The parts are passed in, so that an experiment swaps one. `connect` is the attention pool's extra branch.
 
@@ -293,9 +300,7 @@ class ETRIS(nn.Module):
 
     def forward(self, images, tokens):
         """images (B, 3, S, S) normalised, tokens (B, L) → logits (B, 1, S/4, S/4)."""
-        if images.shape[-1] % self.clip.visual.stride or images.shape[-2] % self.clip.visual.stride:
-            shape = "×".join(map(str, images.shape[2:]))
-            raise UserError(f"picture size {shape}: choose --size a multiple of {self.clip.visual.stride}")
+        check_size(self.clip, *images.shape[2:])
         maps, words, sentence = self.encode(images, tokens)
         features = self.hierarchical(maps, sentence)
         features = self.global_(features, words, padding(tokens))
@@ -329,6 +334,7 @@ def assemble(clip, size=416, words=17, *, width=64, heads=None, stages=(0, 1, 2)
              **ours) -> ETRIS:  # fmt: skip
     """ETRIS around a frozen CLIP. released=True: exactly what the original released (SPEC 5.1); else ours, with
     train_positions, connect, mask_padding to override the defaults that the ledger measured."""
+    check_size(clip, size)
     options = {"train_positions": False, "connect": False, "mask_padding": True} | ours
     if released:
         options = {"train_positions": True, "connect": True, "mask_padding": False}

@@ -5,6 +5,9 @@ tensors is called there; reading and writing both go through it, so nothing can 
 """
 
 import re
+import warnings
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -108,6 +111,34 @@ def to_official(model: ETRIS) -> dict[str, Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------- files
+def read_weights(path) -> dict:
+    """A TorchScript archive or a plain state dict → CLIP's tensors under OpenAI's names, in fp32.
+
+    Our own tiny files hold only the token rows that occur in pre-training; the rest are drawn from a fixed seed.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file: give another --weights FILE")
+    try:
+        names = zipfile.ZipFile(path).namelist() if zipfile.is_zipfile(path) else []
+        archive = any(name.endswith("constants.pkl") for name in names)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.jit.load is deprecated, and the only reader of OpenAI's archives
+            load = torch.jit.load if archive else partial(torch.load, weights_only=True)
+            state = load(str(path), map_location="cpu")
+        state = dict(state.state_dict() if archive else state)
+        rows = state.pop("token_rows", None)
+        skip = ("input_resolution", "context_length", "vocab_size")
+        state = {name: x.float() if x.is_floating_point() else x for name, x in state.items() if name not in skip}
+    except Exception as error:  # torch raises a dozen kinds here, pickle more: all mean the same to the user
+        raise UserError(f"{path}: no CLIP weights that can be read safely ({type(error).__name__}): give another "
+                        "--weights FILE, OpenAI's archive or a plain state dict") from error  # fmt: skip
+    if rows is not None:
+        known = state["token_embedding.weight"]
+        drawn = torch.randn(49408, known.shape[1], generator=torch.Generator().manual_seed(0)) * known.std()
+        state["token_embedding.weight"] = drawn.index_copy(0, rows, known)
+    return state
+
+
 def read_checkpoint(path) -> dict:
     """A checkpoint file's dict, read without running anything in it; UserError where it is none, or of another version.
 
@@ -118,7 +149,8 @@ def read_checkpoint(path) -> dict:
     try:
         file = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged, cut off, hostile: torch and pickle raise a dozen kinds
-        raise UserError(f"{path}: no checkpoint that can be read safely ({type(error).__name__}): give another") from None
+        reason = f"no checkpoint that can be read safely ({type(error).__name__})"
+        raise UserError(f"{path}: {reason}: give another file") from None
     if not isinstance(file, dict) or not (is_official(file) or {"version", "config", "tuned"} <= set(file)):
         raise UserError(f"{path}: holds no ETRIS checkpoint, ours or the original's: give another file")
     if not is_official(file) and file["version"] != VERSION:
@@ -135,7 +167,7 @@ def restore_tuned(model: ETRIS, file: dict, path) -> ETRIS:
     tuned, want = file["tuned"], dict(model.tuned())
     wrong = set(tuned) ^ set(want) or {n for n in tuned if tuned[n].shape != want[n].shape}
     if wrong:
-        raise UserError(f"{path}: {len(wrong)} tensors do not fit this model, {min(wrong)} first: give its own checkpoint")
+        raise UserError(f"{path}: {len(wrong)} tensors do not fit this model, {min(wrong)} first: give another file")
     model.load_state_dict(tuned, strict=False)
     return model
 
@@ -150,9 +182,9 @@ def load_checkpoint(path, weights=None, device="cpu") -> ETRIS:
     if is_official(file):
         return from_official(file).to(device)
     config = dict(file["config"])
-    print(f"{Path(path).name}: tuned {sum(x.numel() for x in file['tuned'].values()):,} numbers; "
-          f"the frozen {config['backbone']} comes from {weights or config.get('weights') or 'its own file'}")  # fmt: skip
     model = build(**config | ({"weights": str(weights)} if weights else {}))
+    size, source = sum(x.numel() for x in file["tuned"].values()), model.frozen.identity["weights"]
+    print(f"{Path(path).name}: {size:,} tuned numbers; the frozen {config['backbone']} comes from {source}")
     return restore_tuned(model, file, path).eval().to(device)
 
 
@@ -165,3 +197,15 @@ def pick_device(wish=None) -> tuple[torch.device, str]:
     if not there.get(wish):
         raise UserError(f"--device {wish}: not there; choose {' or '.join(n for n, usable in there.items() if usable)}")
     return torch.device(wish), "as asked"
+
+
+def pick_dtype(device, wish):
+    """bf16 where the device has it, else fp16 with a scaler, fp32 on a CPU → dtype and the reason."""
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+    if wish != "auto":
+        return named[wish], f"--amp {wish}"
+    if device.type != "cuda":
+        return torch.float32, f"a {device.type} gains nothing sure from less"
+    if torch.cuda.is_bf16_supported():
+        return torch.bfloat16, "this GPU has bf16, which needs no scaler"
+    return torch.float16, "this GPU has no bf16; the loss is scaled"

@@ -98,6 +98,22 @@ def overlay(picture, masks, sentences) -> bytes:
     return buffer.getvalue()
 
 
+def contact_sheet(items, out):
+    """Pictures with their object outlined and their sentences below, four in a row, as one PNG."""
+    from matplotlib.figure import Figure  # here, for only this needs it and it is slow to import
+
+    figure = Figure((13, 3.4 * -(-len(items) // 4)), dpi=100)
+    for place, item in enumerate(items, 1):
+        axis = figure.add_subplot(-(-len(items) // 4), 4, place)
+        axis.imshow(item.picture)
+        axis.contour(item.mask, [0.5], colors=["black"], linewidths=[3])  # twice, to be seen on any colour
+        axis.contour(item.mask, [0.5], colors=["white"], linewidths=[1])
+        lines = "\n".join(sentence[:44] for sentence in item.sentences[:4])
+        axis.text(0.5, -0.03, lines, fontsize=8, ha="center", va="top", transform=axis.transAxes, parse_math=False)
+        axis.axis("off")
+    figure.savefig(out, format="png", bbox_inches="tight")
+
+
 def draw_predictions(model, source, path, count=6, threshold=THRESHOLD):
     """The first objects of a source, first sentence each: what is meant above, what the model finds below."""
     from matplotlib.figure import Figure

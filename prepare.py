@@ -30,8 +30,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from clip_model import SIZES, UserError, build_clip, command, read_weights
+from clip_model import SIZES, UserError, build_clip, command
 from data import REFER, blame, read_refer
+from official import read_weights
 
 WAYBACK = {"refcoco": "20220413011718", "refcoco+": "20220413011656", "refcocog": "20220413012904"}  # the day it kept
 ANNOTATIONS = "https://web.archive.org/web/{day}/https://bvisionweb1.cs.unc.edu/licheng/referit/data"

@@ -28,7 +28,7 @@ from clip_model import HERE, SIZES, UserError, command
 from data import Source, TrainSet, epoch_batches, open_dataset, train_loader
 from etris import build, set_fast, text_to_pixel_loss
 from evaluate import evaluate, grid_ceiling
-from official import VERSION, pick_device, read_checkpoint, restore_tuned
+from official import VERSION, pick_device, pick_dtype, read_checkpoint, restore_tuned
 from predict import draw_curves, draw_predictions
 
 PAPER = {"size": 416, "epochs": 50, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 64,
@@ -74,8 +74,8 @@ def step(run, batch):
         run.scaler.scale(loss * share).backward()
         total, iou = total + loss.item() * share, iou + share * grid_iou(logits.detach(), masks)
     if not math.isfinite(total):
-        raise UserError(f"the loss is {total} at step {run.steps} (rate {run.rate.get_last_lr()}, refs "
-                        f"{batch['ref_id'].tolist()}): lower --lr, or --amp off; the last checkpoint is kept")  # fmt: skip
+        where = f"step {run.steps} (rate {run.rate.get_last_lr()}, refs {batch['ref_id'].tolist()})"
+        raise UserError(f"the loss is {total} at {where}: lower --lr, or --amp off; the last checkpoint is kept")
     run.scaler.step(run.adam)
     run.scaler.update()
     run.adam.zero_grad()
@@ -154,7 +154,7 @@ class Run:
         moving = file["training"]
         self.epoch, self.done, self.steps, self.best = (moving[key] for key in ("epoch", "done", "steps", "best"))
         self.adam.load_state_dict(moving["adam"]), self.scaler.load_state_dict(moving["scaler"])
-        self.rate.load_state_dict({k: v for k, v in moving["rate"].items() if k != "lr_lambdas"})
+        self.rate.load_state_dict(moving["rate"])
         kind, keys, *rest = moving["random"]["numpy"]
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
         random.setstate((3, tuple(moving["random"]["python"]), None))
@@ -186,18 +186,6 @@ def report(model, source, device, dtype, reasons):
     print(f"data: {source.name} {source.split} {source.counts()}")
     for name, (tuned, frozen) in [*parts.items(), ("all", np.sum(list(parts.values()), axis=0))]:
         print(f"  {name:<14}{tuned:>14,} tuned{frozen:>14,} frozen")
-
-
-def pick_dtype(device, wish):
-    """bf16 where the device has it, else fp16 with a scaler, fp32 on a CPU → dtype and the reason."""
-    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
-    if wish != "auto":
-        return named[wish], f"--amp {wish}"
-    if device.type != "cuda":
-        return torch.float32, f"a {device.type} gains nothing sure from less"
-    if torch.cuda.is_bf16_supported():
-        return torch.bfloat16, "this GPU has bf16, which needs no scaler"
-    return torch.float16, "this GPU has no bf16; the loss is scaled"
 
 
 # ---------------------------------------------------------------------------------------------------- the command
@@ -240,7 +228,7 @@ def complete(args):
     preset = PRESETS[args.backbone]
     if args.lr is not None and not 0 < args.lr < 1:
         raise UserError(f"--lr {args.lr}: choose a rate between 0 and 1, such as {preset['lr']}")
-    args.bridge_lr = preset["bridge_lr"] * (args.lr or preset["lr"]) / preset["lr"]
+    args.bridge_lr = preset["bridge_lr"] * ((args.lr or preset["lr"]) / preset["lr"])
     for key, value in preset.items():
         if getattr(args, key) is None:
             setattr(args, key, value)

@@ -431,3 +431,14 @@ def test_show_says_what_is_wrong_in_one_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and "prepare.py refcoco" in error
     assert not (tmp_path / "sheet.png").exists()
+
+
+def test_a_picture_that_prepare_noted_as_missing_is_left_out_and_said(refer_tree, capsys):
+    """missing.txt names it: its refs go, the others stay; a picture missing without a note is an error."""
+    pictures = refer_tree / "images" / "train2014"
+    (pictures / "COCO_train2014_000000000000.jpg").unlink()
+    with pytest.raises(UserError, match="is missing, and 0 more"):
+        open_dataset("refcoco", "train", refer_tree)
+    (refer_tree / "missing.txt").write_text("COCO_train2014_000000000000.jpg\tHTTP 404\n")
+    assert [item.ref_id for item in open_dataset("refcoco", "train", refer_tree).items] == [11]
+    assert "leaving out the refs of 1 pictures" in capsys.readouterr().out

@@ -139,7 +139,7 @@ def test_what_follows_the_end_of_the_sentence_changes_nothing(size):
 # ---- section 3.3: the decoder
 @torch.no_grad()
 def test_attention_over_one_key_is_a_gate():
-    """The softmax of one score is 1, whatever query and key say: W_o(W_v s + b_v) + b_o; the fast path computes that."""
+    """The softmax of one score is 1, whatever query and key say: W_o(W_v s + b_v) + b_o, the fast path."""
     torch.manual_seed(0)
     gate, f, s = Gate(16, 4), torch.randn(2, 9, 16), torch.randn(2, 16)
     plain = gate(f, s)
@@ -160,7 +160,7 @@ def test_sine_positions_interleave_and_split_the_axes():
 
 @torch.no_grad()
 def test_the_projector_convolves_each_picture_with_its_own_sentences_kernel():
-    """A slow loop over the batch with F.conv2d, against both paths (equation 9)."""
+    """A slow loop over the batch, against both paths (equation 9)."""
     torch.manual_seed(0)
     p, features, sentence = Projector(small().clip).eval(), torch.randn(3, 64, 4, 4), torch.randn(3, 32)
     x, (kernel, bias) = p.vis(features), p.kernel(sentence)
@@ -174,7 +174,10 @@ def test_the_loss_by_hand_on_a_two_by_two_picture():
     """Equations 10 and 11: the object at the top left, logit 2 there and −1 elsewhere."""
     logits, mask = torch.tensor([[[[2.0, -1.0], [-1.0, -1.0]]]]), torch.zeros(1, 1, 8, 8)
     mask[..., :4, :4] = 1
-    sigma = lambda z: 1 / (1 + math.exp(-z))  # noqa: E731
+
+    def sigma(z):
+        return 1 / (1 + math.exp(-z))
+
     by_hand = (-math.log(sigma(2)) - 3 * math.log(1 - sigma(-1))) / 4
     assert text_to_pixel_loss(logits, mask).item() == pytest.approx(by_hand, rel=1e-6)
     shifted = mask.roll((1, 1), (2, 3))  # a quarter-pixel's worth of the object leaves the first logit's place
@@ -205,7 +208,8 @@ def test_the_fast_path_gives_the_same_outputs_and_gradients(size):
         set_fast(model, on).zero_grad()
         logits = model(images.double(), tokens)
         logits.square().mean().backward()
-        results.append([logits] + [p.grad for n, p in model.named_parameters() if p.grad is not None and "gates" not in n])
+        learn = [p.grad for n, p in model.named_parameters() if p.grad is not None and "gates" not in n]
+        results.append([logits, *learn])
     for plain, fast in zip(*results, strict=True):
         assert (plain - fast).abs().max() <= 1e-10 * plain.abs().max().clamp(min=1e-30)
 

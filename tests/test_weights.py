@@ -12,7 +12,8 @@ from torch import nn
 
 import clip_model
 import prepare
-from clip_model import CLIP, Size, UserError, fill_by_name, load_clip, read_weights
+from clip_model import CLIP, Size, UserError, fill_by_name, load_clip
+from official import read_weights
 from tests.server import Server
 
 SMALL = {  # official names, small sizes: embed, picture, layers, width, patch, text width, layers, context, vocabulary
