@@ -10,6 +10,7 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from clip_model import CLIP, Size, UserError
 from etris import ETRIS, assemble, build
 
 VERSION = 1  # of our own checkpoints' layout
+SCALAR = np.float64(0).__reduce__()[0]  # numpy renamed its home: files written before have the old name
+NUMBERS = [np.dtype, type(np.dtype("f8")), SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]
 
 RENAMES = [  # ours → the original's, tried in order on the whole name
     (r"^clip\.", "backbone."),
@@ -147,7 +150,8 @@ def read_checkpoint(path) -> dict:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint: train one with `python train.py --out DIR`, it is DIR/best.pt")
     try:
-        file = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMBERS):
+            file = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged, cut off, hostile: torch and pickle raise a dozen kinds
         reason = f"no checkpoint that can be read safely ({type(error).__name__})"
         raise UserError(f"{path}: {reason}: give another file") from None

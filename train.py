@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from clip_model import HERE, SIZES, UserError, command
-from data import Source, TrainSet, epoch_batches, open_dataset, train_loader
+from data import FLAVOURS, Source, TrainSet, epoch_batches, open_dataset, train_loader
 from etris import build, set_fast, text_to_pixel_loss
 from evaluate import evaluate, grid_ceiling
 from official import VERSION, pick_device, pick_dtype, read_checkpoint, restore_tuned
@@ -37,6 +37,7 @@ TINY = {"size": 128, "epochs": 3, "batch_size": 32, "lr": 1e-3, "bridge_lr": 1e-
         "dropout": 0.0}  # fmt: skip
 PRESETS = dict.fromkeys(SIZES, PAPER) | {"ViT-B-16": PAPER | {"bridge_lr": 1e-3}, "tiny": TINY, "tiny-vit": TINY}
 WORDS = {"refcocog-umd": 22, "refcocog-google": 22, "scenes-g": 22}  # 17 elsewhere (section 4.2)
+ENOUGH = {"val": 200, "test": 500}  # of drawn scenes, which have no end
 TEST = {"refcoco": "testA", "refcoco+": "testA", "refcocog-google": "val"}  # "test" elsewhere
 
 
@@ -138,14 +139,17 @@ class Run:
         return {"version": VERSION, "system": self.model.system, "config": self.model.config, "tuned": tuned,
                 "identity": self.model.frozen.identity, "args": vars(self.args), "training": moving}  # fmt: skip
 
-    def save(self, name):
-        """Written beside and renamed: a file of that name is always whole."""
-        torch.save(self.state(), self.out / f"{name}.part")
+    def save(self, name, resumable=True):
+        """Written beside and renamed, so a file of that name is whole. best.pt leaves out what resuming needs."""
+        state = self.state()
+        torch.save(state if resumable else state | {"training": None}, self.out / f"{name}.part")
         os.replace(self.out / f"{name}.part", self.out / name)
 
     def restore(self, path):
         """Go on where `path` stood. UserError where it belongs to another model, data set or length of run."""
         file = read_checkpoint(path)
+        if not file.get("training"):
+            raise UserError(f"{path}: holds a model, not a run to go on with: --resume takes a run's last.pt")
         theirs = {key: file["args"].get(key) for key in ("backbone", "dataset", "tuning", "size", "words", "seed")}
         for key, value in theirs.items():
             if value != getattr(self.args, key):
@@ -238,11 +242,18 @@ def complete(args):
     return args
 
 
-def largest(source, count) -> Source:
+def largest(source, count) -> tuple[Source, Source]:
     """The `count` objects with the largest share of their picture, of the first 200, repeated to a useful epoch."""
     items = sorted((source[i] for i in range(min(200, len(source)))), key=lambda item: -np.mean(item.mask))[:count]
     print(f"--overfit {count}: the largest of {min(200, len(source))} objects, trained and validated on the same")
-    return Source(source.name, source.split, [*items] * 40), Source(source.name, source.split, items)
+    return Source(source.name, source.split, (*items,) * 40), Source(source.name, source.split, (*items,))
+
+
+def open_evaluation(args, split):
+    """A split of the data set (of the first one, where --dataset mixes several)."""
+    name = args.dataset if Path(args.dataset).is_dir() else args.dataset.split(",")[0]
+    limit = args.limit or (ENOUGH.get(split) if name in FLAVOURS else None)
+    return open_dataset(name, split, args.data, limit, args.size)
 
 
 def open_sources(args):
@@ -251,8 +262,7 @@ def open_sources(args):
     if args.overfit:
         return largest(train, args.overfit)
     try:
-        parts = [open_dataset(name, "val", args.data, args.limit, args.size) for name in args.dataset.split(",")[:1]]
-        return train, parts[0]
+        return train, open_evaluation(args, "val")
     except UserError as error:
         print(f"validating on the train split: {error}")
         return train, train
@@ -282,9 +292,10 @@ def resume(run):
         print(f"{path} is not there: starting fresh")
 
 
-def validate(run, source, **more):
+def validate(run, source):
     dtype = None if run.dtype is torch.float32 else run.dtype
-    return evaluate(run.model, source, run.device, batch_size=2 * run.args.batch_size, dtype=dtype, **more)[0]
+    return evaluate(run.model, source, run.device, batch_size=2 * run.args.batch_size, dtype=dtype,
+                    workers=run.args.workers)[0]  # fmt: skip
 
 
 def fit(run, train_source, val_source):
@@ -300,7 +311,7 @@ def fit(run, train_source, val_source):
         tqdm.write(f"epoch {run.epoch}: loss {loss:.3f}, val oIoU {val['oIoU']:.1f} mIoU {val['mIoU']:.1f}")
         if val["mIoU"] > run.best:
             run.best = val["mIoU"]
-            run.save("best.pt")
+            run.save("best.pt", resumable=False)
         run.save("last.pt")
         draw_curves(run.out)
         draw_predictions(run.model, val_source, run.out / f"predictions_{run.epoch:02d}.png")
@@ -321,10 +332,8 @@ def finish(run, source):
 def test_source(args, val_source):
     if args.overfit:
         return val_source
-    name, split = args.dataset.split(",")[0], TEST.get(args.dataset.split(",")[0], "test")
-    limit = args.limit or (500 if name.startswith("scenes") else None)
     try:
-        return open_dataset(name, split, args.data, limit, args.size)
+        return open_evaluation(args, TEST.get(args.dataset.split(",")[0], "test"))
     except UserError as error:
         print(f"testing on {val_source.split}: {error}")
         return val_source

@@ -72,7 +72,7 @@ def test_the_way_back_gives_the_same_tensors_under_the_same_names(original):
 def test_wrapped_and_prefixed_files_load_directly(original, tmp_path):
     """The original's files: state_dict beside epoch and optimizer, names prefixed module."""
     _, state, model = original
-    file = {"epoch": 50, "state_dict": {f"module.{n}": x for n, x in state.items()}, "optimizer": {"lr": [1e-4]}}
+    file = {"epoch": 50, "best_iou": np.float64(0.7), "state_dict": {f"module.{n}": x for n, x in state.items()}}
     torch.save(file, tmp_path / "best_model.pth")
     loaded = load_checkpoint(tmp_path / "best_model.pth").state_dict()
     assert all(torch.equal(loaded[n], x) for n, x in model.state_dict().items())

@@ -13,7 +13,6 @@ from conftest import record, write_folder
 
 import train
 from clip_model import HERE, UserError
-from data import Source
 from official import load_checkpoint, read_checkpoint
 
 FAST = ["--weights", "random", "--limit", "8", "--batch-size", "4", "--device", "cpu", "--size", "64"]
@@ -52,6 +51,7 @@ def test_a_run_leaves_the_folder_that_the_readme_promises(tmp_path):
     assert {"oIoU", "mIoU", "Pr@0.5", "Pr@0.9", "minutes", "sentences", "refs", "images"} <= set(result)
     assert result["split"] == "test" and result["refs"] == 8
     assert not any(name.startswith("clip.") for name in checkpoint["tuned"])  # never the frozen tensors
+    assert read_checkpoint(tmp_path / "a" / "best.pt")["training"] is None  # and to share, no optimiser
 
 
 def test_two_and_two_steps_are_four(tmp_path, monkeypatch):
@@ -141,13 +141,16 @@ def test_the_bridger_has_its_own_rate(tmp_path):
     assert sum(p.numel() for p in groups[1]["params"]) == bridger
 
 
-def test_overfit_takes_the_largest_masks():
+def test_overfit_takes_the_largest_masks(tmp_path, capsys):
     """--overfit 2: of eight objects the two that cover most, repeated for training, once for validation."""
     args = train.arguments([*FAST, "--overfit", "2"])
     training, validation = train.open_sources(args)
     shares = sorted(np.mean(item.mask) for item in train.open_dataset("scenes", "train", limit=8, side=64).items)
     assert sorted(np.mean(item.mask) for item in validation.items) == shares[-2:]
-    assert len(training) == 80 and isinstance(training, Source)
+    assert len(training) == 80 and training[79].picture.shape == (64, 64, 3)
+    train.main([*FAST, "--overfit", "2", "--epochs", "1", "--out", str(tmp_path / "a")])
+    result = json.loads((tmp_path / "a" / "result.json").read_text())
+    assert result["refs"] == 2 and "the logit grid's ceiling: mIoU" in capsys.readouterr().out
 
 
 def test_a_folder_without_val_is_validated_on_train_and_that_is_said(tmp_path, capsys):
