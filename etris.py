@@ -11,6 +11,7 @@ grid (S/16 each way) · d bridge width. Where paper and original code part, the 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clip_model import CLIP, Attention, UserError, load_clip, padding, resize_positions
 
@@ -255,7 +256,7 @@ class ETRIS(nn.Module):
         self.clip, self.bridger, self.connect = clip, bridger, connect
         self.hierarchical, self.global_, self.projector = hierarchical, global_, projector
         self.size, self.words, self.mask_padding, self.align_corners = size, words, True, False
-        self.seen, self.system, self.config = None, "etris", {}
+        self.seen, self.recompute, self.system, self.config = None, False, "etris", {}
 
     @property
     def frozen(self) -> CLIP:
@@ -281,13 +282,18 @@ class ETRIS(nn.Module):
             self.seen[name] = x.detach()
         return x
 
+    def run(self, stage, x):
+        """A frozen stage; `recompute` forgets its activations and computes them again in the backward pass."""
+        again = self.recompute and torch.is_grad_enabled() and x.requires_grad
+        return checkpoint(stage, x, use_reentrant=False) if again else stage(x)
+
     def encode(self, images, tokens):
         """images (B, 3, S, S), tokens (B, L) → three maps (B, C_i, H_i, W_i), words (B, L, D), sentence (B, E)."""
         visual, text = self.clip.visual, self.clip
         ignore = padding(tokens) if self.mask_padding else None
         v, t, carry, maps = visual.stem(images), text.stem(tokens), None, []
         for i in range(3):
-            v, t = visual.stages[i](v), text.stages[i](t)
+            v, t = self.run(visual.stages[i], v), self.run(text.stages[i], t)
             self.note(f"visual{i}.before", visual.as_map(v)), self.note(f"text{i}.before", t)
             if str(i) in self.bridger:
                 dv, dt, carry = self.bridger[str(i)](visual.as_map(v), t, carry, ignore)
@@ -330,6 +336,18 @@ def positions(clip: CLIP) -> list[nn.Parameter]:
     return [clip.positional_embedding, holder.positional_embedding]
 
 
+def start_small(model):
+    """Ours: what joins the frozen streams, and the sentence's kernel, start at a tenth (ledger).
+
+    The first model is then nearly plain CLIP, its decoder passes features on and its logits are near zero.
+    """
+    bridges = list(model.bridger.values())
+    joins = [b.linear_out for b in bridges] + [b.zoom_out[min(1, len(b.zoom_out) - 1)] for b in bridges]
+    norms = [norm for layer in model.global_.layers for norm in (layer.self_norm, layer.cross_norm)]
+    for part in (*joins, *norms, model.projector.txt):
+        part.weight.data.mul_(0.1)
+
+
 def assemble(clip, size=416, words=17, *, width=64, heads=None, stages=(0, 1, 2), dropout=0.1, released=False,
              **ours) -> ETRIS:  # fmt: skip
     """ETRIS around a frozen CLIP. released=True: exactly what the original released (SPEC 5.1); else ours, with
@@ -347,7 +365,9 @@ def assemble(clip, size=416, words=17, *, width=64, heads=None, stages=(0, 1, 2)
     model = ETRIS(clip, bridger(clip, width, heads, stages), *head, connect, size, words)
     for parameter in positions(clip):
         parameter.requires_grad_(options["train_positions"])
-    if released and connect:
+    if not released:
+        start_small(model)
+    elif connect:
         connect.requires_grad_(False)  # random and never trained: SPEC 6.1, 10c
     for module in model.modules():
         if isinstance(module, nn.Dropout):

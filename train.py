@@ -33,8 +33,8 @@ from predict import draw_curves, draw_predictions
 
 PAPER = {"size": 416, "epochs": 50, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 64,
          "dropout": 0.1}  # fmt: skip
-TINY = {"size": 128, "epochs": 3, "batch_size": 32, "lr": 1e-3, "bridge_lr": 1e-3, "schedule": "cosine", "width": 32,
-        "dropout": 0.0}  # fmt: skip
+TINY = {"size": 128, "epochs": 3, "batch_size": 16, "lr": 1.5e-3, "bridge_lr": 1.5e-3, "schedule": "cosine",
+        "width": 32, "dropout": 0.0}  # fmt: skip
 PRESETS = dict.fromkeys(SIZES, PAPER) | {"ViT-B-16": PAPER | {"bridge_lr": 1e-3}, "tiny": TINY, "tiny-vit": TINY}
 WORDS = {"refcocog-umd": 22, "refcocog-google": 22, "scenes-g": 22}  # 17 elsewhere (section 4.2)
 ENOUGH = {"val": 200, "test": 500}  # of drawn scenes, which have no end
@@ -208,6 +208,7 @@ def arguments(argv):
     for name in ("epochs", "steps", "batch-size", "size", "words", "width", "limit", "overfit"):
         add(f"--{name}", type=positive, metavar="N")
     add("--accumulate", type=positive, default=1, metavar="N", help="micro-batches per step, against lack of memory")
+    add("--recompute", action="store_true", help="forget frozen activations, compute them twice: less memory")
     add("--lr", type=float, help="of the decoder; the Bridger's keeps its ratio to it")
     add("--schedule", choices=["step", "cosine"])
     add("--dropout", type=float)
@@ -350,6 +351,7 @@ def main(argv=None):
     train_source, val_source = open_sources(args)
     options = {key: getattr(args, key) for key in ("size", "words", "weights", "seed", "tuning", "width", "dropout")}
     model = set_fast(build(args.backbone, **options)).to(device, memory_format=torch.channels_last)
+    model.recompute = args.recompute
     report(model, train_source, device, dtype, (why, why_dtype))
     per_epoch = len(epoch_batches(len(train_source), args.batch_size, args.seed, 0))
     prepare_folder(args)

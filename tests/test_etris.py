@@ -65,6 +65,12 @@ def test_the_released_model_has_the_counts_of_the_original(name):
     assert found == COUNTS[name]
 
 
+def test_bridges_can_stand_at_chosen_stages():
+    """Table 4: 2→n with one bridge 428,736, n/2→n with one 297,664, the last one 1,215,168, and so on (SPEC 5.2)."""
+    table = {(0,): 428_736, (1,): 297_664, (2,): 1_215_168, (0, 1): 726_656, (1, 2): 1_513_088, (0, 1, 2): 1_942_080}
+    assert {stages: count(on_paper("RN101", stages=stages).bridger) for stages in table} == table
+
+
 @pytest.mark.parametrize("width", [8, 16, 32, 64, 128])
 def test_the_bridgers_count_by_hand(width):
     """zoom 2d·ΣCk² + linears 3(1024d + d + 512) + six interactors + norms 8d, against the module (table 7's widths)."""
@@ -214,6 +220,18 @@ def test_the_fast_path_gives_the_same_outputs_and_gradients(size):
         assert (plain - fast).abs().max() <= 1e-10 * plain.abs().max().clamp(min=1e-30)
 
 
+@KINDS
+def test_recompute_gives_the_same_gradients(size):
+    """Activations of frozen stages are computed twice instead of kept: bit for bit the same."""
+    gradients = []
+    for recompute in (False, True):
+        model, (images, tokens) = small(size), inputs()
+        model.recompute = recompute
+        model(images, tokens).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def train_a_little(model, steps=2):
     images, tokens = inputs()
     masks = (torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(2)) > 0.8).float()
@@ -279,6 +297,17 @@ def test_look_names_what_a_notebook_asks_for(size):
     assert torch.allclose(attention.sum(-1), torch.ones(2, attention.shape[1], 16))
     assert attention[1, :, :, 3:].max() == 0  # "dog" is start, dog, end: no place looks at its padding
     assert torch.equal(seen["logits"], model(images, tokens)) and model.seen is None
+
+
+def test_ours_starts_small_and_the_released_as_the_original():
+    """A tenth where bridges join, where decoder branches join, and in the layer that writes kernels: logits near 0."""
+    (images, tokens), logits = inputs(), {}
+    for name, options in {"ours": {}, "released": {"released": True}}.items():
+        model = small(**options).eval()
+        norms = [layer.cross_norm.weight.mean().item() for layer in model.global_.layers]
+        assert norms == pytest.approx([0.1 if name == "ours" else 1.0] * 3)
+        logits[name] = model(images, tokens).std().item()
+    assert logits["ours"] < 0.4 * logits["released"]
 
 
 def test_a_size_the_strides_do_not_divide_is_said():
