@@ -156,7 +156,7 @@ def pretrain(name, steps, batch_size, lr, seed, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=["tiny", "tiny-vit"])
-    parser.add_argument("--steps", type=int, default=850)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -51,9 +51,9 @@ RELATIONS = {"left": ("left of", "to the left of"), "right": ("right of", "to th
 SEEN = "that can be seen in this picture"
 FORMS = {  # flavour → (kind, its share of the attempts, ways to say it); the slots are filled in by methods of _Speaker
     "scenes": (
-        ("attribute", 4, ("{x}", "{x}", "the {x}", "{size} {x}")),
+        ("attribute", 5, ("{x}", "{x}", "the {x}", "{size} {x}")),
         ("place", 3, ("{at[0]} {x}", "{x} {at[1]}", "the {x} {at[1]}", "{most} {x}", "the {most} {x}")),
-        ("order", 3, ("{nth[0]} {x} from the {nth[1]}", "the {nth[0]} {x} from the {nth[1]}")),
+        ("order", 2, ("{nth[0]} {x} from the {nth[1]}", "the {nth[0]} {x} from the {nth[1]}")),
         ("relation", 3, ("{x} {rel}", "the {x} {rel}")),
     ),
     "scenes+": (
@@ -233,7 +233,7 @@ class _Speaker:
     def sentence(self, way):
         """That way to say it, filled in; None where it would not be clear, or say more than is needed."""
         slots = [slot for slot in ("at", "most", "nth", "size", "rel", "also", "same", "other") if "{" + slot in way]
-        wordy = slots and self.rng.random() < 0.15  # now and then people do say more
+        wordy = slots and self.rng.random() < 0.5  # people often say more than they must
         fits = [name for name in self.names[self.target] if wordy or (name[1] == 1 << self.target) != bool(slots)]
         if not fits:
             return None

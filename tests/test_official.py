@@ -1,15 +1,20 @@
 """14. official.py: the original's checkpoints compute here what they compute there, and files are read safely."""
 
 import json
+import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from clip_model import UserError
-from official import from_official, load_checkpoint, to_official
+import evaluate
+import predict
+from clip_model import CLIP, Size, UserError, build_clip, fill_by_name, load_clip, tokenize
+from etris import assemble, build
+from official import from_official, load_checkpoint, restore_tuned, to_official
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -85,3 +90,75 @@ def test_a_missing_an_unknown_and_a_misshapen_tensor_are_named(original):
                   state | {first: torch.zeros(1)}):  # fmt: skip
         with pytest.raises(UserError, match="1 tensors (missing|unknown|of another shape), neck"):
             from_official(wrong)
+
+
+def small_official_file(path):
+    """What the original would have saved, in small: a ResNet CLIP of width 8 in its wiring, under its names."""
+    clip = CLIP(Size(32, 64, (1, 1, 1, 1), 8, None, 64, 3, 20))
+    model = assemble(build_clip(fill_by_name(clip.state_dict())), 416, 17, released=True)
+    torch.save({"state_dict": to_official(model), "epoch": 1}, path)
+    return model.eval()
+
+
+def test_evaluate_and_predict_take_an_official_file_as_it_is(tmp_path, capsys):
+    """python evaluate.py best_model.pth …, python predict.py best_model.pth …: no conversion in between."""
+    small_official_file(tmp_path / "best_model.pth")
+    file = str(tmp_path / "best_model.pth")
+    evaluate.main([file, "--dataset", "scenes", "--limit", "2", "--json", str(tmp_path / "j")])
+    assert json.loads((tmp_path / "j").read_text())["refs"] == 2
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "x.png")
+    names = {name: str(tmp_path / f"{name}.png") for name in ("x", "o", "m")}
+    predict.main([file, "--image", names["x"], "--text", "left dog", "--out", names["o"], "--mask", names["m"]])
+    assert Image.open(tmp_path / "m.png").size == (30, 20)
+
+
+@torch.no_grad()
+def test_rn50_goes_to_the_originals_names_and_back():
+    """RN50's joint space is 1024 wide: the one backbone without golden outputs; the same logits after the round trip."""
+    model = assemble(load_clip("RN50", "random"), 64, 17, released=True).eval()
+    again = from_official({"state_dict": to_official(model)}, size=64)
+    images, tokens = torch.randn(1, 3, 64, 64), tokenize("the man in red", 17)
+    assert torch.equal(model(images, tokens), again(images, tokens)) and again.align_corners
+
+
+HOSTILE = {
+    "a pickle with code": None,
+    "cut off": None,
+    "empty": None,
+    "another version": {"version": 99, "config": {}, "tuned": {}},
+    "something else": {"weights": torch.zeros(1)},
+}
+
+
+class Runs:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_checkpoint_that_is_none_is_refused_and_nothing_in_it_runs(case, tmp_path):
+    path = tmp_path / "x.pt"
+    if case == "a pickle with code":
+        torch.save({"version": 1, "config": {}, "tuned": Runs(tmp_path / "ran")}, path)
+    elif case == "cut off":
+        torch.save({"version": 1}, path)
+        path.write_bytes(path.read_bytes()[:-200])
+    elif case == "empty":
+        path.write_bytes(b"")
+    else:
+        torch.save(HOSTILE[case], path)
+    with pytest.raises(UserError, match="x.pt"):
+        load_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_of_another_frozen_clip_is_refused():
+    """The tuned tensors fit, the backbone is not the one they were tuned on: SHA-256 tells."""
+    ours, other = (build("tiny", 64, weights="random", seed=seed, width=32) for seed in (0, 1))
+    file = {"tuned": dict(ours.tuned()), "identity": ours.frozen.identity}
+    with pytest.raises(UserError, match="was tuned on a frozen tiny"):
+        restore_tuned(other, file, "x.pt")
+    restore_tuned(ours, file, "x.pt")
