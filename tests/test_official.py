@@ -114,7 +114,7 @@ def test_evaluate_and_predict_take_an_official_file_as_it_is(tmp_path, capsys):
 
 @torch.no_grad()
 def test_rn50_goes_to_the_originals_names_and_back():
-    """RN50's joint space is 1024 wide: the one backbone without golden outputs; the same logits after the round trip."""
+    """RN50, whose joint space is 1024 wide, has no golden outputs: the same logits after the round trip."""
     model = assemble(load_clip("RN50", "random"), 64, 17, released=True).eval()
     again = from_official({"state_dict": to_official(model)}, size=64)
     images, tokens = torch.randn(1, 3, 64, 64), tokenize("the man in red", 17)
