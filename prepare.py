@@ -261,6 +261,8 @@ def clip_file(name):
     cache = Path(os.environ.get("ETRIS_CACHE") or Path.home() / ".cache" / "etris")
     if (cache / f"{name}.pt").exists():
         return cache / f"{name}.pt"
+    if name not in CLIP_FILES:  # ours, and not shipped yet
+        raise UserError(f"weights/{name}.pt is not there: make it by `python pretrain.py {name}`, or --weights random")
     (expected, mirror), reasons = CLIP_FILES[name], []
     for url, digest in ((OPENAI.format(sha256=expected, name=name), expected), (MIRROR.format(mirror=mirror), None)):
         try:

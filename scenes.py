@@ -34,7 +34,7 @@ import numpy as np
 from clip_model import UserError
 
 FLAVOURS = ("scenes", "scenes+", "scenes-g")
-SPLITS = {"train": 16000, "val": 500, "test": 2000, "test-numbers": 500, "test-crowd": 500}  # refs in each
+SPLITS = {"train": 7500, "val": 500, "test": 2000, "test-numbers": 500, "test-crowd": 500}  # refs in each
 WORLD, MARGIN = 160, 12.8
 COLOURS = {
     "red": (215, 35, 40), "green": (35, 165, 65), "blue": (35, 80, 225), "yellow": (245, 225, 40),

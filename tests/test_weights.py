@@ -251,3 +251,9 @@ def test_extra_numbers_of_the_archive_are_left_out_and_integers_stay(tmp_path):
     assert state.keys() == weights("RN50").keys()
     kinds = {key.rpartition(".")[2]: x.dtype for key, x in state.items()}
     assert kinds["num_batches_tracked"] == torch.int64 and kinds["weight"] == kinds["running_var"] == torch.float32
+
+
+def test_a_tiny_clip_that_is_not_shipped_names_the_command_that_makes_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(clip_model, "HERE", tmp_path)
+    with pytest.raises(UserError, match="python pretrain.py tiny-vit"):
+        load_clip("tiny-vit")
