@@ -455,7 +455,7 @@ def fill_by_name(state: dict, seed: int = 0) -> dict:
         if x.ndim > 1:
             x.copy_(torch.randn(x.shape, generator=dice) * x[0].numel() ** -0.5)
         elif x.ndim == 1:
-            x.fill_(float(name.endswith(("weight", "running_var"))))
+            x.fill_(float(name.endswith(("weight", "gamma", "running_var"))))
     return state
 
 
