@@ -376,13 +376,10 @@ def assemble(clip, size=416, words=17, *, width=64, heads=None, stages=(0, 1, 2)
     return model.train()
 
 
-def build(backbone="tiny", size=160, words=17, weights=None, seed=0, tuning="bridger", **options) -> ETRIS:
+def build(backbone="tiny", size=160, words=17, weights=None, seed=0, **options) -> ETRIS:
     """A model from plain values, which a checkpoint carries as `config` (seed matters for weights="random" only)."""
-    if tuning not in ("bridger", "frozen"):
-        raise UserError(f"unknown --tuning {tuning!r}: choose bridger or frozen")
-    stages = options.pop("stages", (0, 1, 2)) if tuning == "bridger" else ()
-    model = assemble(load_clip(backbone, weights, seed), size, words, stages=stages, **options)
-    values = {"backbone": backbone, "size": size, "words": words, "seed": seed, "tuning": tuning, **options}
+    model = assemble(load_clip(backbone, weights, seed), size, words, **options)
+    values = {"backbone": backbone, "size": size, "words": words, "seed": seed, **options}
     model.config = {"weights": "random", **values} if weights == "random" else values
     return model
 

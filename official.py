@@ -14,14 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import barleria
+import detris
 from clip_model import CLIP, Size, UserError
-from etris import ETRIS, assemble, build
+from etris import ETRIS, assemble
+from tuning import build
 
 VERSION = 1  # of our own checkpoints' layout
 SCALAR = np.float64(0).__reduce__()[0]  # numpy renamed its home: files written before have the old name
 NUMBERS = [np.dtype, type(np.dtype("f8")), SCALAR, (SCALAR, "numpy.core.multiarray.scalar")]
 
-RENAMES = [  # ours → the original's, tried in order on the whole name
+ETRIS_NAMES = [  # ours → the original's, tried in order on the whole name
     (r"^clip\.", "backbone."),
     (r"^connect\.", "backbone.visual.attnpool.connect."),
     (r"^bridger\.(\d)\.interact_([vt])\.cross_attn\.", r"bridger.fusion_\2.\1.multihead_attn."),
@@ -29,6 +32,34 @@ RENAMES = [  # ours → the original's, tried in order on the whole name
     (r"^bridger\.(\d)\.(zoom_in|zoom_out)\.", r"bridger.\2.\1."),
     (r"^bridger\.(\d)\.linear_in\.", r"bridger.linear1.\1."),
     (r"^bridger\.(\d)\.linear_out\.", r"bridger.linear2.\1."),
+]
+BARLERIA_NAMES = [
+    (r"^clip\.", "backbone."),
+    (r"^prompt_v\.", "intertwiner.proj."),
+    (r"^side_out\.", "side_linear."),
+    (r"^side\.fusions\.(\d)\.", r"side_adapter_network.fusion_layers.layer_\1.input_proj."),
+    (r"^side\.prompt\.", "side_adapter_network.proj."),
+    (r"^side\.queries$", "side_adapter_network.query_embed"),
+    (r"^side\.query_positions$", "side_adapter_network.query_pos_embed"),
+    (r"^side\.positions$", "side_adapter_network.vit_model.pos_embed"),
+    (r"^side\.patch\.", "side_adapter_network.vit_model.patch_embed.proj."),
+    (r"^side\.blocks\.", "side_adapter_network.vit_model.blocks."),
+    (r"^side\.feedback\.", "side_adapter_network.vit_model.decoders."),
+]
+ALIGNER_NAMES = [
+    (r"^(\d+)\.down\.", r"\1.adapter.D_fc1."),
+    (r"^(\d+)\.up\.", r"\1.adapter.D_fc2."),
+    (r"^(\d+)\.branches\.branch(\d)\.", r"\1.adapter.dense_branch\2."),
+    (r"^(\d+)\.(image|text|back)\.", r"\1.adapter.cross.\2_proj."),
+    (r"^(\d+)\.cross_attn\.", r"\1.adapter.cross.multihead_attn."),
+]
+DETRIS_NAMES = [
+    (r"^clip\.visual\.", "dinov2."),
+    (r"^clip\.", "txt_backbone."),
+    *((ours.replace("^", r"^aligners\."), f"dinov2.blocks.{theirs}") for ours, theirs in ALIGNER_NAMES),
+    *((o.replace("^", r"^adapters\."), f"txt_backbone.transformer.resblocks.{t}") for o, t in ALIGNER_NAMES),
+]
+DECODER_NAMES = [  # the decoder all three share
     (r"^hierarchical\.sentence\.", "neck.txt_proj."),
     (r"^hierarchical\.merge\.", "neck.aggr."),
     (r"^hierarchical\.coordinates\.0\.", "neck.coordconv.0.conv1."),
@@ -38,60 +69,116 @@ RENAMES = [  # ours → the original's, tried in order on the whole name
     (r"^global_\.", "decoder."),
     (r"^projector\.", "proj."),
 ]
+NAMES = {"etris": ETRIS_NAMES, "barleria": BARLERIA_NAMES, "detris": DETRIS_NAMES}
+TITLES = {"etris": "ETRIS", "barleria": "BarLeRIa", "detris": "DETRIS"}
 
 
-def original_name(name: str, vit: bool, stages: list[str]) -> str:
-    """What the original ETRIS calls our tensor `name`. stages: the bridges there are, in order."""
+def original_name(name: str, model: ETRIS) -> str:
+    """What the original of `model` calls our tensor `name`."""
     if match := re.match(r"hierarchical\.(gates|project)\.(\d)\.(.*)", name):
         number, rest = int(match[2]) + 3, match[3]  # it counts layer2, layer3, layer4 as features 3, 4, 5
         return f"neck.fusion{number}.multihead_attn.{rest}" if match[1] == "gates" else f"neck.f{number}_proj.{rest}"
-    if match := re.match(r"bridger\.(\d)\.norm_([vt])\.(.*)", name):
-        return f"bridger.ln_{match[2]}.{stages.index(match[1]) - 1}.{match[3]}"
-    if not vit:  # a ResNet's zoom layers are bare convolutions there, one-element sequences here
+    if match := re.match(r"bridger\.(\d)\.norm_([vt])\.(.*)", name):  # it counts them from the second bridge on
+        return f"bridger.ln_{match[2]}.{list(model.bridger).index(match[1]) - 1}.{match[3]}"
+    if match := re.match(r"flows\.(visual|text)\.(\d+)\.(\d)\.(.*)", name):
+        tower, flow = {"visual": "visual.", "text": ""}[match[1]], {"0": "flow", "1": "flow2"}[match[3]]
+        rest = re.sub(r"^(mu|logsigma)$", r"affine_transform.\1", match[4]).replace("planes.", "transforms.")
+        return f"backbone.{tower}transformer.resblocks.{match[2]}.{flow}.{rest}"
+    if model.clip.size.patch is None:  # a ResNet's zoom layers are bare convolutions there, one-element sequences here
         name = re.sub(r"^(bridger\.\d\.zoom_(?:in|out))\.0\.", r"\1.", name)
-    for ours, theirs in RENAMES:
+    for ours, theirs in NAMES[model.system] + DECODER_NAMES:
         new, hit = re.subn(ours, theirs, name)
         if hit:
             return new
-    raise KeyError(name)
+    raise UserError(f"{name}: the original {TITLES[model.system]} has no such part: nothing can be named after it")
 
 
 def names(model: ETRIS) -> dict[str, str]:
     """Our name → the original's, for every tensor of the model."""
-    vit, stages = model.clip.size.patch is not None, list(model.bridger)
-    return {name: original_name(name, vit, stages) for name in model.state_dict()}
+    return {name: original_name(name, model) for name in model.state_dict()}
 
 
 def unwrap(file: dict) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file: out of `state_dict` where wrapped, without DataParallel's `module.`."""
+    """The tensors of a checkpoint file: out of `state_dict` where wrapped, without DataParallel's `module.`.
+
+    BarLeRIa's planar flows stand there under two names; the second is what its code would have loaded last, and stays.
+    """
     state = file.get("state_dict", file)
-    return {name.removeprefix("module."): x for name, x in state.items()}
+    state = {name.removeprefix("module."): x for name, x in state.items()}
+    twins = {name: x for name, x in state.items() if ".log_jacobians." in name}
+    state = {name: x for name, x in state.items() if name not in twins}
+    return state | {name.replace(".log_jacobians.", ".transforms."): x for name, x in twins.items()}
 
 
 def is_official(file) -> bool:
-    """Whether a loaded file looks like a checkpoint of the original ETRIS."""
-    return isinstance(file, dict) and any(n.startswith("backbone.") for n in unwrap(file) if isinstance(n, str))
+    """Whether a loaded file looks like a checkpoint of one of the three originals."""
+    marks = ("backbone.", "dinov2.")
+    return isinstance(file, dict) and any(n.startswith(marks) for n in unwrap(file) if isinstance(n, str))
 
 
-def from_official(file: dict, size: int = 416, words: int = 17, heads: int | None = None) -> ETRIS:
-    """A checkpoint of the original ETRIS, wrapped or bare, prefixed or not → the model, in eval mode, plain path.
+def system_of(state: dict) -> str:
+    """Which of the three a checkpoint's names belong to."""
+    if any(name.startswith("dinov2.") for name in state):
+        return "detris"
+    return "barleria" if any(".flow." in name or name.startswith("intertwiner.") for name in state) else "etris"
 
-    size: the picture side it was trained at; a ViT's positions say it themselves. UserError names what is missing,
-    unknown or of another shape.
-    """
-    state = unwrap(file)
-    clip_state = {n.removeprefix("backbone."): x.float() for n, x in state.items() if n.startswith("backbone.")}
-    connect = {n: clip_state.pop(n) for n in list(clip_state) if "connect" in n}
-    try:
-        clip = CLIP(Size.of(clip_state)).requires_grad_(False)
-    except KeyError as error:
-        raise UserError(f"not a checkpoint of the original ETRIS: backbone.{error.args[0]} is missing") from error
+
+def part(state: dict, prefix: str, without: str) -> dict[str, Tensor]:
+    """The tensors below `prefix`, without it, but for those with `without` in their names."""
+    return {n.removeprefix(prefix): x for n, x in state.items() if n.startswith(prefix) and without not in n}
+
+
+def empty_etris(state, size, words, heads) -> ETRIS:
+    """An ETRIS of the sizes the state's shapes show."""
+    clip = CLIP(Size.of(part(state, "backbone.", "connect"))).requires_grad_(False)
     width = state["bridger.linear1.0.weight"].shape[0] if "bridger.linear1.0.weight" in state else 64
     stages = sorted({int(n.split(".")[2]) for n in state if n.startswith("bridger.linear1.")})
-    size = clip.size.picture if clip.size.patch else size
-    model = assemble(clip, size, words, width=width, heads=heads, stages=stages, released=True)
-    if clip.size.patch is None and not connect:
-        raise UserError("not a checkpoint of the original ETRIS: backbone.visual.attnpool.connect is missing")
+    size = clip.size.picture if clip.size.patch else size or 416
+    return assemble(clip, size, words, width=width, heads=heads, stages=stages, released=True)
+
+
+def empty_barleria(state, size, words, heads) -> barleria.BarLeRIa:
+    """A BarLeRIa of the state's sizes; its prior is normalised over channels, so no result hangs on its batch."""
+    clip = CLIP(Size.of(part(state, "backbone.", ".flow"))).requires_grad_(False)
+    side = state.get("side_linear.weight")
+    options = {"global_prior": False} if side is None else {"width": side.shape[1]}
+    return barleria.assemble(clip, clip.size.picture, words, released=True, over_batch=False, **options)
+
+
+def empty_detris(state, size, words, heads) -> detris.DETRIS:
+    """A DETRIS of the state's sizes: which blocks have an aligner or an adapter, and of which rank."""
+    text = part(state, "txt_backbone.", ".adapter.")
+    (vocabulary, width), blocks = text["token_embedding.weight"].shape, [n.split(".")[2] for n in text if "resb" in n]
+    visual = {"picture": 16, "layers": 0, "width": 64, "patch": 16}  # of a CLIP's picture encoder, which is replaced
+    context, embed = len(text["positional_embedding"]), text["text_projection"].shape[1]
+    clip = CLIP(Size(embed, **visual, text_width=width, text_layers=len({*blocks}), context=context,
+                     vocabulary=vocabulary)).requires_grad_(False)  # fmt: skip
+    dino = detris.DINO(detris.DinoSize.of(part(state, "dinov2.", ".adapter.")))
+    found = {}
+    for prefix, where, rank in (("dinov2.blocks.", "aligners", "width"),
+                                ("txt_backbone.transformer.resblocks.", "adapters", "text_rank")):  # fmt: skip
+        downs = {n: x for n, x in part(state, prefix, "#").items() if n.endswith(".adapter.D_fc1.weight")}
+        found[where] = sorted(int(n.split(".")[0]) for n in downs)
+        found |= {rank: len(next(iter(downs.values())))} if downs else {}
+    return detris.assemble(clip, dino, size or 448, words, released=True, **found)
+
+
+EMPTY = {"etris": empty_etris, "barleria": empty_barleria, "detris": empty_detris}
+
+
+def from_official(file: dict, size: int | None = None, words: int = 17, heads: int | None = None) -> ETRIS:
+    """A checkpoint of one of the three originals, wrapped or bare, prefixed or not → the model, eval, plain path.
+
+    size: the picture side it was trained at (416, DETRIS 448); a CLIP ViT's positions say it themselves. heads: of
+    ETRIS' Bridger. UserError names what is missing, unknown or of another shape.
+    """
+    state = unwrap(file)
+    system = system_of(state)
+    try:
+        model = EMPTY[system](state, size, words, heads)
+    except KeyError as error:
+        what = f"not a checkpoint of the original {TITLES[system]}"
+        raise UserError(f"{what}: {error.args[0]} is missing: give the file as it was published") from error
     return fill(model, state).eval()
 
 
@@ -100,9 +187,10 @@ def fill(model: ETRIS, state: dict) -> ETRIS:
     ours, table = model.state_dict(), names(model)
     missing, unknown = set(table.values()) - set(state), set(state) - set(table.values())
     shapes = [t for n, t in table.items() if t in state and state[t].shape != ours[n].shape]
+    what = f"not a checkpoint of the original {TITLES[model.system]}"
     for kind, wrong in (("missing", missing), ("unknown", unknown), ("of another shape", shapes)):
         if wrong:
-            raise UserError(f"not a checkpoint of the original ETRIS: {len(wrong)} tensors {kind}, {min(wrong)} first")
+            raise UserError(f"{what}: {len(wrong)} tensors {kind}, {min(wrong)} first: give the file as published")
     model.load_state_dict({n: state[t] for n, t in table.items()}, strict=True)
     return model
 
@@ -110,7 +198,8 @@ def fill(model: ETRIS, state: dict) -> ETRIS:
 def to_official(model: ETRIS) -> dict[str, Tensor]:
     """The model's tensors under the original's names: what `from_official` reads, and the original code too."""
     state = model.state_dict()
-    return {theirs: state[ours] for ours, theirs in names(model).items()}
+    state = {theirs: state[ours] for ours, theirs in names(model).items()}
+    return state | {n.replace(".transforms.", ".log_jacobians."): x for n, x in state.items() if ".transforms." in n}
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -133,7 +222,7 @@ def read_weights(path) -> dict:
         skip = ("input_resolution", "context_length", "vocab_size")
         state = {name: x.float() if x.is_floating_point() else x for name, x in state.items() if name not in skip}
     except Exception as error:  # torch raises a dozen kinds here, pickle more: all mean the same to the user
-        raise UserError(f"{path}: no CLIP weights that can be read safely ({type(error).__name__}): give another "
+        raise UserError(f"{path}: no weights that can be read safely ({type(error).__name__}): give another "
                         "--weights FILE, OpenAI's archive or a plain state dict") from error  # fmt: skip
     if rows is not None:
         known = state["token_embedding.weight"]

@@ -8,6 +8,7 @@ result.json. A checkpoint holds tuned tensors and what `--resume` needs to go on
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -26,10 +27,11 @@ from tqdm import tqdm
 
 from clip_model import HERE, SIZES, UserError, command
 from data import FLAVOURS, Source, TrainSet, epoch_batches, open_dataset, train_loader
-from etris import build, set_fast, text_to_pixel_loss
+from etris import set_fast, text_to_pixel_loss
 from evaluate import evaluate, grid_ceiling
 from official import VERSION, pick_device, pick_dtype, read_checkpoint, restore_tuned
 from predict import draw_curves, draw_predictions
+from tuning import METHODS, SYSTEMS, build
 
 PAPER = {"size": 416, "epochs": 50, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 64,
          "dropout": 0.1}  # fmt: skip
@@ -111,11 +113,13 @@ class Run:
         self.args, self.model, self.device, self.dtype, self.total = args, model, device, dtype, total
         self.out, self.epoch, self.done, self.steps, self.best, self.minutes = Path(args.out), 0, 0, 0, -1.0, 0.0
         self.totals, self.busy, self.stop = [0.0, 0.0], False, False
-        parts = {"bridger": [], "rest": []}
+        parts = {1.0: [], "bridger": []}  # a parameter's `pace` slows it down: CLIP's own, where they learn
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parts["bridger" if name.startswith("bridger.") else "rest"].append(parameter)
-        groups = [{"params": parts["rest"], "lr": args.lr}, {"params": parts["bridger"], "lr": args.bridge_lr}]
+                part = "bridger" if name.startswith("bridger.") else getattr(parameter, "pace", 1.0)
+                parts.setdefault(part, []).append(parameter)
+        rates = {part: args.bridge_lr if part == "bridger" else part * args.lr for part in parts}
+        groups = [{"params": parts[part], "lr": rates[part]} for part in parts]
         self.adam = torch.optim.Adam([group for group in groups if group["params"]], fused=device.type != "mps")
         self.rate = torch.optim.lr_scheduler.LambdaLR(self.adam, schedule(args.schedule, total))
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -150,7 +154,9 @@ class Run:
         file = read_checkpoint(path)
         if not file.get("training"):
             raise UserError(f"{path}: holds a model, not a run to go on with: --resume takes a run's last.pt")
-        theirs = {key: file["args"].get(key) for key in ("backbone", "dataset", "tuning", "size", "words", "seed")}
+        theirs = {
+            key: file["args"].get(key) for key in ("backbone", "dataset", "system", "tuning", "size", "words", "seed")
+        }
         for key, value in theirs.items():
             if value != getattr(self.args, key):
                 raise UserError(f"{path}: was trained with --{key} {value}, not {getattr(self.args, key)}: give that")
@@ -199,7 +205,8 @@ def arguments(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--backbone", default="tiny", metavar="NAME", help=", ".join(SIZES))
-    add("--tuning", default="bridger", metavar="HOW", help="bridger (ETRIS) or frozen (decoder only)")
+    add("--system", default="etris", metavar="NAME", help=", ".join(SYSTEMS))
+    add("--tuning", default="bridger", metavar="HOW", help="joined by +: " + ", ".join(METHODS))
     add("--dataset", default="scenes", metavar="NAME", help="scenes[+|-g], refcoco[+], refcocog-umd|google, a FOLDER")
     add("--data", metavar="DIR", help="the folder prepare.py filled (data)")
     add("--weights", metavar="FILE", help="frozen CLIP: a file, or random")
@@ -227,10 +234,13 @@ def positive(text) -> int:
 
 
 def complete(args):
-    """Fill in the preset of the backbone where the command line says nothing."""
-    if args.backbone not in PRESETS:
-        raise UserError(f"unknown backbone {args.backbone!r}: choose one of {', '.join(SIZES)}")
-    preset = PRESETS[args.backbone]
+    """Fill in the preset of system and backbone where the command line says nothing."""
+    if args.system not in SYSTEMS:
+        raise UserError(f"unknown --system {args.system!r}: choose one of {', '.join(SYSTEMS)}")
+    presets = PRESETS | getattr(importlib.import_module(args.system), "PRESETS", {})
+    if args.backbone not in presets:
+        raise UserError(f"unknown backbone {args.backbone!r}: choose one of {', '.join(presets)}")
+    preset = presets[args.backbone]
     if args.lr is not None and not 0 < args.lr < 1:
         raise UserError(f"--lr {args.lr}: choose a rate between 0 and 1, such as {preset['lr']}")
     args.bridge_lr = preset["bridge_lr"] * ((args.lr or preset["lr"]) / preset["lr"])
@@ -238,8 +248,9 @@ def complete(args):
         if getattr(args, key) is None:
             setattr(args, key, value)
     args.words = args.words or WORDS.get(args.dataset, 17)
-    if args.words > SIZES[args.backbone].context or args.words < 3:
-        raise UserError(f"--words {args.words}: choose 3 to {SIZES[args.backbone].context}, the frozen CLIP's limit")
+    context = SIZES[args.backbone].context if args.backbone in SIZES else 77
+    if not 3 <= args.words <= context:
+        raise UserError(f"--words {args.words}: choose 3 to {context}, the frozen CLIP's limit")
     return args
 
 
@@ -349,7 +360,8 @@ def main(argv=None):
     dtype, why_dtype = pick_dtype(device, args.amp)
     args.workers = (0 if device.type == "cpu" else 4) if args.workers is None else args.workers
     train_source, val_source = open_sources(args)
-    options = {key: getattr(args, key) for key in ("size", "words", "weights", "seed", "tuning", "width", "dropout")}
+    options = ("size", "words", "weights", "seed", "system", "tuning", "width", "dropout")
+    options = {key: getattr(args, key) for key in options if getattr(args, key) is not None}
     model = set_fast(build(args.backbone, **options)).to(device, memory_format=torch.channels_last)
     model.recompute = args.recompute
     report(model, train_source, device, dtype, (why, why_dtype))
