@@ -129,7 +129,7 @@ class SideNetwork(nn.Module):
 
     def __init__(self, clip: CLIP, size: int, width: int = 144, over_batch: bool = False):
         super().__init__()
-        patch, channels, depth = clip.visual.patch, clip.size.width, 2 * clip.size.layers // 3  # 12 blocks → 8, 6 → 4
+        patch, channels, depth = clip.visual.patch, clip.size.width, max(4, 2 * clip.size.layers // 3)  # 12 → 8
         places = (size // patch) ** 2
         self.patch = nn.Conv2d(3, width, patch, stride=patch)
         self.positions = nn.Parameter(0.02 * torch.randn(1, places, width))

@@ -340,8 +340,10 @@ def build(backbone="tiny-dino", size=128, words=17, weights=None, seed=0, **opti
     """A model from plain values, which a checkpoint carries as `config` (options: those of `assemble`)."""
     if backbone not in PRESETS:
         raise UserError(f"--system detris with --backbone {backbone}: choose one of {', '.join(PRESETS)}")
-    options = {"width": PRESETS[backbone]["width"]} | options
-    model = assemble(*load_frozen(backbone, weights, seed), size, words, **WHERE[backbone] | options)
+    options, (clip, dino) = {"width": PRESETS[backbone]["width"]} | options, load_frozen(backbone, weights, seed)
+    if words > clip.size.context:
+        raise UserError(f"--words {words}: the frozen text tower reads {clip.size.context} at most")
+    model = assemble(clip, dino, size, words, **WHERE[backbone] | options)
     values = {"backbone": backbone, "size": size, "words": words, "seed": seed, **options}
     model.config = {"weights": "random", **values} if weights == "random" else values
     return model

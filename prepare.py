@@ -1,4 +1,5 @@
-"""8. All that comes over the network: RefCOCO, RefCOCO+, RefCOCOg with the COCO pictures they use, and CLIP's weights.
+"""8. All that comes over the network: RefCOCO, RefCOCO+, RefCOCOg with the COCO pictures they use; CLIP's and DINOv2's
+weights.
 
     python prepare.py refcoco --data DIR                 some 20,000 pictures, fetched one by one (about 3 GB)
     python prepare.py refcoco --data DIR --all-images    the whole train2014.zip (13 GB), kept beside what it holds
@@ -32,6 +33,8 @@ from tqdm import tqdm
 
 from clip_model import SIZES, UserError, build_clip, command
 from data import REFER, blame, read_refer
+from detris import SIZES as DINO_SIZES
+from detris import build_dino
 from official import read_weights
 
 WAYBACK = {"refcoco": "20220413011718", "refcoco+": "20220413011656", "refcocog": "20220413012904"}  # the day it kept
@@ -60,6 +63,8 @@ CLIP_FILES = {  # name -> SHA-256 of OpenAI's file, name on the mirror
     "ViT-L-14-336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "vit_large_patch14_clip_336")
 }
 # fmt: on
+DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/dinov2_{kind}/dinov2_{kind}_reg4_pretrain.pth"
+DINO_FILES = {"dinov2-base": "vitb14", "dinov2-large": "vitl14"}
 PICTURE = re.compile(r"COCO_train2014_\d{12}\.jpg")
 TRAIN2014, PICTURE_BYTES = 82783, 165_000  # pictures in train2014, and what one takes on average
 ANNOTATION_BYTES, MOST_BYTES = 500_000_000, 2**30  # a generous guess, and the most that one file may hold
@@ -256,9 +261,13 @@ def check_space(name, root, all_images):
         raise UserError(f"{said}: make room, or name another folder by --data")
 
 
+def cache_folder():
+    return Path(os.environ.get("ETRIS_CACHE") or Path.home() / ".cache" / "etris")
+
+
 def clip_file(name):
     """The official CLIP `name`, a plain fp32 state dict in the cache (ETRIS_CACHE, else ~/.cache/etris): its Path."""
-    cache = Path(os.environ.get("ETRIS_CACHE") or Path.home() / ".cache" / "etris")
+    cache = cache_folder()
     if (cache / f"{name}.pt").exists():
         return cache / f"{name}.pt"
     if name not in CLIP_FILES:  # ours, and not shipped yet
@@ -288,6 +297,45 @@ def fetch_clip(name, url, digest, cache):
                 raise UserError(f"{url}: holds a CLIP of other sizes than {name}")
             torch.save(state, plain)
             return plain.replace(cache / f"{name}.pt")
+
+
+def dino_file(name):
+    """DINOv2 with registers as its authors publish it, in the cache (see clip_file): its Path.
+
+    They publish no hash: the file's own is written beside it when it first comes, and held against it ever after.
+    """
+    if name not in DINO_FILES:  # ours, and not shipped yet
+        raise UserError(f"weights/{name}.pt is not there: make it by `python pretrain.py {name}`, or --weights random")
+    cache = cache_folder()
+    path, note = cache / f"{name}.pth", cache / f"{name}.sha256"
+    if not path.exists():
+        note.unlink(missing_ok=True)
+        fetch_dino(name, DINOV2.format(kind=DINO_FILES[name]), cache)
+    digest = sha256(path)
+    if not note.exists():
+        note.write_text(f"{digest}  {path.name}\n")
+        print(f"{path.name}: SHA-256 {digest}, none is published; kept in {note}")
+    if note.read_text().split() != [digest, path.name]:
+        raise UserError(
+            f"{path}: changed since it came (SHA-256 {digest[:12]}…, {note.name} says otherwise): remove it"
+        )
+    return path
+
+
+def fetch_dino(name, url, cache):
+    """Download a DINOv2, check its names and shapes, move it into the cache."""
+    with blame(cache, "name a folder that can be written by the environment variable ETRIS_CACHE"):
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as fresh:
+            path = Path(fresh, f"{name}.pth")
+            try:
+                download(url, path, size_of)
+            except UserError as error:
+                raise UserError(f"no weights of {name}: {error}. Or fetch it elsewhere and give it by --weights FILE, "
+                                "or do without, by --weights random or --backbone tiny-dino") from None  # fmt: skip
+            if build_dino(read_weights(path), url).size != DINO_SIZES[name]:
+                raise UserError(f"{url}: holds a DINOv2 of other sizes than {name}: try later")
+            path.replace(cache / path.name)
 
 
 def parse(argv):

@@ -2,6 +2,7 @@
 
     python pretrain.py tiny          →  weights/tiny.pt       (a narrow ModifiedResNet)
     python pretrain.py tiny-vit      →  weights/tiny-vit.pt   (a narrow ViT)
+    python pretrain.py tiny-dino     →  weights/tiny-dino.pt  (a narrow DINOv2, which never sees a word)
 
 So that "a frozen pre-trained CLIP" is real in the default run: same architecture files, same tokenizer, same loss as
 OpenAI's (Radford et al. 2021, figure 3), only small. The shipped file holds half-precision tensors and just the token
@@ -21,6 +22,8 @@ from tqdm import tqdm
 
 from clip_model import CLIP, HERE, SIZES, UserError, command, tokenize
 from data import letterbox
+from detris import DINO
+from detris import SIZES as DINO_SIZES
 from etris import set_fast
 from scenes import FLAVOURS, PLACES, RELATIONS, WORLD, paint, plan_scene
 
@@ -121,41 +124,103 @@ def save(clip, rows, path):
     os.replace(f"{path}.part", path)
 
 
-def pretrain(name, steps, batch_size, lr, seed, path):
-    """Train, save, report; returns the record that is written beside the weights."""
-    torch.manual_seed(seed)
-    clip, start, seen = CLIP(SIZES[name]).train(), time.time(), torch.zeros(49408, dtype=torch.bool)
-    torch.nn.init.normal_(clip.token_embedding.weight, std=0.02)
-    torch.nn.init.constant_(clip.logit_scale, np.log(1 / 0.07))
-    clip = set_fast(clip.to(memory_format=torch.channels_last))
-    adam = torch.optim.AdamW(clip.parameters(), lr, weight_decay=0.02, fused=True)
+def learn(name, parameters, loss_of, steps, batch_size, side, lr, seed):
+    """loss_of(images, tokens) → a loss, made smaller for so many batches of drawn scenes. Returns the last one."""
+    adam = torch.optim.AdamW(parameters, lr, weight_decay=0.02, fused=True)
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, total_steps=steps, pct_start=0.05)
-    loader = torch.utils.data.DataLoader(Captions(steps, batch_size, clip.size.picture, seed), None, num_workers=0)
+    loader = torch.utils.data.DataLoader(Captions(steps, batch_size, side, seed), None, num_workers=0)
     bar = tqdm(loader, unit="batch", desc=name)
     for images, tokens in bar:
-        seen[tokens] = True
-        images = images.contiguous(memory_format=torch.channels_last)
-        loss = contrastive_loss(clip.encode_image(images), clip.encode_text(tokens), clip.logit_scale.exp())
+        loss = loss_of(images.contiguous(memory_format=torch.channels_last), tokens)
         adam.zero_grad()
         loss.backward()
         adam.step()
         rate.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    return loss.item()
+
+
+def pretrain_clip(name, path, steps, batch_size, lr, seed):
+    """A CLIP by its contrastive loss, saved; returns what the record says of it."""
+    clip, seen = CLIP(SIZES[name]).train(), torch.zeros(49408, dtype=torch.bool)
+    torch.nn.init.normal_(clip.token_embedding.weight, std=0.02)
+    torch.nn.init.constant_(clip.logit_scale, np.log(1 / 0.07))
+    clip = set_fast(clip.to(memory_format=torch.channels_last))
+
+    def loss_of(images, tokens):
+        seen[tokens] = True
         clip.logit_scale.data.clamp_(max=np.log(100))
-        bar.set_postfix(loss=f"{loss.item():.2f}", scale=f"{clip.logit_scale.exp().item():.0f}", refresh=False)
+        return contrastive_loss(clip.encode_image(images), clip.encode_text(tokens), clip.logit_scale.exp())
+
+    loss = learn(name, clip.parameters(), loss_of, steps, batch_size, clip.size.picture, lr, seed)
     calm(clip.eval())
     save(clip, seen.nonzero()[:, 0], path)
+    return {"loss": round(loss, 3), "token_rows": int(seen.sum()), "val_retrieval_of_500": retrieval(clip)}
+
+
+# ------------------------------------------------------------------------------------------ without a single word
+def hide(count, places, share=0.6):
+    """(B, N) bool: in every picture this share of its patches, another draw for each."""
+    return torch.rand(count, places).argsort(1) < share * places
+
+
+def patches_of(images, patch):
+    """(B, 3, S, S) → (B, N, 3·patch²), row by row."""
+    return F.unfold(images, patch, stride=patch).mT
+
+
+def masked_loss(dino, head, images, hidden):
+    """SimMIM (Xie et al. 2022): the pixels of hidden patches from the others; mean |error|, in normalised pixels."""
+    guess = head(dino.norm(dino(images, hidden))[:, dino.first :])  # (B, N, 3·patch²)
+    return F.l1_loss(guess[hidden], patches_of(images, dino.patch)[hidden])
+
+
+@torch.no_grad()
+def masked_scores(dino, head, count=500):
+    """The same on pictures of val, and what guessing the visible patches' mean colour gives."""
+    torch.manual_seed(0)
+    images = torch.cat([batch(range(i, i + 50), "val", dino.size.picture, 0)[0] for i in range(0, count, 50)])
+    hidden = hide(len(images), dino.pos_embed.shape[1] - 1)
+    truth = patches_of(images, dino.patch).unflatten(2, (3, -1))  # (B, N, 3, patch²)
+    visible = (~hidden)[:, :, None, None]
+    mean = (truth * visible).sum((1, 3), keepdim=True) / (visible.sum((1, 3), keepdim=True) * truth.shape[3])
+    plain = F.l1_loss(mean.expand_as(truth)[hidden], truth[hidden])
+    return {"val_loss": round(masked_loss(dino, head, images, hidden).item(), 3), "of_the_mean": round(plain.item(), 3)}
+
+
+def pretrain_dino(name, path, steps, batch_size, lr, seed):
+    """A DINOv2 by masked pictures alone, saved; returns what the record says of it.
+
+    DINOv2's own training, a student and its moving average, wants large batches and days; hiding patches and painting
+    them again has one network, one loss, nothing to collapse, and uses the mask token the weights already have.
+    """
+    dino = set_fast(DINO(DINO_SIZES[name]).train())
+    head, places = torch.nn.Linear(dino.size.width, 3 * dino.patch**2), dino.pos_embed.shape[1] - 1
+
+    def loss_of(images, _):
+        return masked_loss(dino, head, images, hide(len(images), places))
+
+    parameters = [*dino.parameters(), *head.parameters()]
+    loss = learn(name, parameters, loss_of, steps, batch_size, dino.size.picture, lr, seed)
+    torch.save({name: x.half() for name, x in dino.state_dict().items()}, f"{path}.part")
+    os.replace(f"{path}.part", path)
+    return {"loss": round(loss, 3), **masked_scores(dino.eval(), head)}
+
+
+def pretrain(name, steps, batch_size, lr, seed, path):
+    """Train, save, report; returns the record that is written beside the weights."""
+    torch.manual_seed(seed)
+    start = time.time()
+    made = (pretrain_dino if name in DINO_SIZES else pretrain_clip)(name, path, steps, batch_size, lr, seed)
     record = {"command": f"python pretrain.py {name} --steps {steps} --batch-size {batch_size} --lr {lr} --seed {seed}"}
-    record |= {"threads": torch.get_num_threads()}
-    record |= {"minutes": round((time.time() - start) / 60, 1), "loss": round(loss.item(), 3)}
-    record |= {"token_rows": int(seen.sum())}
-    record |= {"bytes": Path(path).stat().st_size, "val_retrieval_of_500": retrieval(clip)}
-    return record
+    record |= {"threads": torch.get_num_threads(), "minutes": round((time.time() - start) / 60, 1)}
+    return record | {"bytes": Path(path).stat().st_size} | made
 
 
 @command
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", choices=["tiny", "tiny-vit"])
+    parser.add_argument("name", choices=["tiny", "tiny-vit", "tiny-dino"])
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
