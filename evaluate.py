@@ -1,6 +1,7 @@
 """5. How good is it: oIoU, mIoU and Pr@X over every sentence, at the picture's own size (FACTS 3).
 
     python evaluate.py runs/x/best.pt --dataset refcoco --split val --data data --json val.json
+    python evaluate.py runs/x/best.pt --split test-numbers --by digits --by objects       drawn scenes: where it fails
 
 For each sentence I = |P ∩ G| and U = |P ∪ G|, P the pixels whose probability is over the threshold, G the object's.
 oIoU = ΣI / ΣU (large objects count more), mIoU = mean of I / U, Pr@X = share of sentences with I / U > X; in percent.
@@ -13,6 +14,7 @@ import io
 import itertools
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +27,12 @@ from tqdm import tqdm
 from clip_model import UserError, command, tokenize
 from data import FLAVOURS, REFER, Box, TrainSet, letterbox, letterbox_mask, open_dataset, unletterbox
 from official import load_checkpoint, pick_device
+from scenes import WORLD
 
 THRESHOLD = 0.35  # the original's, and that of CRIS before it
 PRECISIONS = (0.5, 0.6, 0.7, 0.8, 0.9)
+HIDDEN = {0.0: "none", 0.1: "up to 10 %", 0.25: "up to 25 %", 1.0: "more"}  # shares of an object, by --by occlusion
+BY = ("kind", "objects", "occlusion", "digits")
 
 
 def intersection_union(prediction, truth) -> tuple[int, int]:
@@ -63,7 +68,8 @@ class EvalSet(TrainSet):
         item = self.source[i]
         image, box = letterbox(item.picture, self.size)
         longer = tokenize(item.sentences, self.words + 1)
-        own = {name: getattr(item, name, None) for name in ("ref_id", "image_id", "sent_ids", "sentences", "kinds")}
+        names = ("ref_id", "image_id", "sent_ids", "sentences", "kinds", "things", "target", "occlusion")
+        own = {name: getattr(item, name, None) for name in names}
         more = {"tokens": tokenize(item.sentences, self.words), "cut": longer[:, -1] > 0}
         return own | more | {"image": image, "mask": torch.from_numpy(item.mask), "box": box}
 
@@ -88,7 +94,8 @@ def evaluate(model, source, device="cpu", *, limit=None, batch_size=32, threshol
              progress=True, save_masks=None) -> tuple[dict, list[dict]]:  # fmt: skip
     """Every sentence of the first `limit` objects -> (result, one row per sentence).
 
-    result: summarise's numbers, counts and protocol; row: ref_id, sent_id, sentence, I, U, IoU in percent, kind.
+    result: summarise's numbers, counts and protocol; row: ref_id, sent_id, sentence, I, U, IoU in percent; of scenes
+    also kind, objects, occlusion, and where a sentence names a digit, that digit and the thing found.
     dtype: of autocast, None for none; save_masks: a folder. The model returns to the mode, train or eval, it had.
     """
     objects = source if limit is None else Subset(source, range(min(limit, len(source))))
@@ -116,7 +123,58 @@ def score(item, k, mask) -> dict:
     both, either = intersection_union(mask, item["mask"].to(mask.device))
     row = {"ref_id": item["ref_id"], "sent_id": item["sent_ids"][k], "sentence": item["sentences"][k]}
     row |= {"I": both, "U": either, "IoU": 100 * float(iou(both, either))}
-    return row | ({"kind": item["kinds"][k]} if item["kinds"] else {})
+    return row | (scene_facts(item, item["kinds"][k], mask) if item["kinds"] else {})
+
+
+def scene_facts(item, kind, mask) -> dict:
+    """What the appendix's failures hang on: kind of sentence, how many objects, the hidden share, digits."""
+    hidden = next(label for share, label in HIDDEN.items() if item["occlusion"] <= share)
+    asked = item["things"][item["target"]].digit if kind == "digit" else None
+    found = None if asked is None else found_thing(item["things"], mask)
+    return {"kind": kind, "objects": len(item["things"]), "occlusion": hidden, "digit": asked, "found": found}
+
+
+def found_thing(things, mask) -> str:
+    """A digit, "no digit" or "nothing": the thing within whose radius most of the mask (S, S) lies."""
+    y, x = (mask.nonzero().T.float().cpu() + 0.5) * WORLD / len(mask)
+    inside = [int(((x - thing.x) ** 2 + (y - thing.y) ** 2 <= thing.r**2).sum()) for thing in things]
+    best = things[int(np.argmax(inside))]
+    return "nothing" if not any(inside) else "no digit" if best.digit is None else str(best.digit)
+
+
+def group_scores(rows, by) -> dict[str, dict]:
+    """{value of the column `by`: summarise's numbers and the sentences}; digits: {asked: {found: how many}}."""
+    groups, column = {}, "digit" if by == "digits" else by
+    order = list(HIDDEN.values()).index if by == "occlusion" else lambda value: value
+    for row in sorted((row for row in rows if row[column] is not None), key=lambda row: order(row[column])):
+        groups.setdefault(str(row[column]), []).append(row)
+    if by == "digits":
+        return {asked: dict(Counter(row["found"] for row in some)) for asked, some in groups.items()}
+    columns = {name: [[row[key] for row in some] for key in ("I", "U")] for name, some in groups.items()}
+    return {name: {"sentences": len(both[0])} | summarise(*both) for name, both in columns.items()}
+
+
+def draw_groups(by, groups, path):
+    """A figure of group_scores: bars of mIoU with the sentences in each, or who is taken for whom."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((6, 4.5), layout="constrained")
+    axis = figure.subplots()
+    if by == "digits":
+        columns = [*map(str, range(10)), "no digit", "nothing"]
+        counts = np.array([[some.get(name, 0) for name in columns] for some in groups.values()])
+        axis.imshow(counts / counts.sum(1, keepdims=True), cmap="Blues", vmin=0, vmax=1)
+        for (y, x), count in np.ndenumerate(counts):
+            axis.text(x, y, count or "", ha="center", va="center", fontsize=8, color="orange")
+        axis.set_xticks(range(len(columns)), columns, rotation=45)
+        axis.set_yticks(range(len(groups)), groups)
+        axis.set(xlabel="found", ylabel="asked for", title="sentences that name a digit")
+    else:
+        bars = axis.bar(list(groups), [x["mIoU"] for x in groups.values()], color="#0072B2")
+        axis.bar_label(bars, [f"{x['sentences']:,}" for x in groups.values()], fontsize=8)
+        axis.set(xlabel=by, ylabel="mIoU, percent", ylim=(0, 105), title="above the bars: sentences")
+    figure.savefig(buffer := io.BytesIO(), dpi=110, format="png")
+    write_file(path, buffer.getvalue())
 
 
 def grid_ceiling(source, size) -> dict[str, float]:
@@ -150,6 +208,17 @@ def write_picture(path, array):
     write_file(path, buffer.getvalue())
 
 
+def by_table(by, groups) -> str:
+    """One line a group: its numbers, or of digits what was found how often."""
+
+    def numbers(x):
+        if by == "digits":
+            return "  ".join(f"{name}: {count}" for name, count in sorted(x.items(), key=lambda pair: -pair[1]))
+        return f"{x['sentences']:>7,} sentences  oIoU {x['oIoU']:6.2f}  mIoU {x['mIoU']:6.2f}"
+
+    return "\n".join([f"by {by}", *(f"  {name:<11}{numbers(x)}" for name, x in groups.items())])
+
+
 def table(result) -> str:
     """The numbers under their names, with what was measured and how."""
     counts = ", ".join(f"{result[what]:,} {what}" for what in ("refs", "sentences", "images"))
@@ -177,17 +246,28 @@ def main(argv=None):
     add("--batch-size", type=int, default=32, help="sentences at a time (32)")
     add("--workers", type=int, default=0, help="processes that read pictures (0)")
     add("--device", choices=["cpu", "cuda", "mps"])
+    add("--by", choices=BY, action="append", default=[], help="of scenes: the score by it, with a figure; repeatable")
     add("--threshold", type=float, default=THRESHOLD, help=f"of the probability ({THRESHOLD})")
     args = parser.parse_args(argv)
     if not 0 <= args.threshold <= 1 or args.batch_size < 1:
         raise UserError(f"--threshold {args.threshold}, --batch-size {args.batch_size}: 0 to 1, and at least 1")
     device, reason = pick_device(args.device)
     print(f"device {device}: {reason}")
+    if args.by and args.dataset not in FLAVOURS:
+        raise UserError(f"--by {args.by[0]}: only drawn scenes know it: choose --dataset {', '.join(FLAVOURS)}")
     model = load_checkpoint(args.checkpoint, args.weights, device)
     source = open_dataset(args.dataset, args.split, args.data, args.limit, side=model.size)
     more = {"threshold": args.threshold, "workers": args.workers, "save_masks": args.save_masks}
     result, rows = evaluate(model, source, device, batch_size=args.batch_size, **more)
     print(table(result))
+    result |= {"by": {by: group_scores(rows, by) for by in args.by}} if args.by else {}
+    for by, groups in result.get("by", {}).items():
+        if not groups:
+            print(f"by {by}: no sentence of {args.split} names one; --split test-numbers does")
+            continue
+        figure = Path(args.json or args.checkpoint).with_name(f"{Path(args.json or args.split).stem}-by-{by}.png")
+        draw_groups(by, groups, figure)
+        print(f"{by_table(by, groups)}\n  → {figure}")
     if args.json:
         write_file(args.json, json.dumps(result | {"checkpoint": args.checkpoint}, indent=1).encode())
     if args.csv:

@@ -8,6 +8,7 @@ result.json. A checkpoint holds tuned tensors and what `--resume` needs to go on
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import math
@@ -204,7 +205,7 @@ def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, epilog=f"presets:\n{text}\nwords: 17, {WORDS}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
-    add("--backbone", default="tiny", metavar="NAME", help=", ".join(SIZES))
+    add("--backbone", metavar="NAME", help="(the system's tiny one) " + ", ".join(SIZES))
     add("--system", default="etris", metavar="NAME", help=", ".join(SYSTEMS))
     add("--tuning", default="bridger", metavar="HOW", help="joined by +: " + ", ".join(METHODS))
     add("--dataset", default="scenes", metavar="NAME", help="scenes[+|-g], refcoco[+], refcocog-umd|google, a FOLDER")
@@ -237,7 +238,8 @@ def complete(args):
     """Fill in the preset of system and backbone where the command line says nothing."""
     if args.system not in SYSTEMS:
         raise UserError(f"unknown --system {args.system!r}: choose one of {', '.join(SYSTEMS)}")
-    presets = PRESETS | getattr(importlib.import_module(args.system), "PRESETS", {})
+    presets = getattr(importlib.import_module(args.system), "PRESETS", PRESETS)
+    args.backbone = args.backbone or next(name for name in presets if name.startswith("tiny"))
     if args.backbone not in presets:
         raise UserError(f"unknown backbone {args.backbone!r}: choose one of {', '.join(presets)}")
     preset = presets[args.backbone]
@@ -351,19 +353,44 @@ def test_source(args, val_source):
         return val_source
 
 
+def seed_all(seed):
+    torch.manual_seed(seed), np.random.seed(seed), random.seed(seed)
+
+
+def make_model(args, device, **more):
+    """The model of these arguments on the fast path; `more` overrides what `build` gets."""
+    names = ("size", "words", "weights", "seed", "system", "tuning", "width", "dropout")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | more
+    model = set_fast(build(args.backbone, **options)).to(device, memory_format=torch.channels_last)
+    model.recompute = args.recompute
+    return model
+
+
+@contextlib.contextmanager
+def interruptible(run, advice="the same command goes on"):
+    """Ctrl-C and SIGTERM end the step that is running, save last.pt, and exit with status 130."""
+    before = [signal.signal(kind, run.interrupt) for kind in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.save("last.pt")
+        print(f"\nstopped at step {run.steps:,}; {advice}", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        for kind, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(kind, handler)
+
+
 @command
 def main(argv=None):
     args = arguments(argv)
-    torch.manual_seed(args.seed), np.random.seed(args.seed), random.seed(args.seed)
+    seed_all(args.seed)
     torch.use_deterministic_algorithms(args.deterministic)
     device, why = pick_device(args.device)
     dtype, why_dtype = pick_dtype(device, args.amp)
     args.workers = (0 if device.type == "cpu" else 4) if args.workers is None else args.workers
     train_source, val_source = open_sources(args)
-    options = ("size", "words", "weights", "seed", "system", "tuning", "width", "dropout")
-    options = {key: getattr(args, key) for key in options if getattr(args, key) is not None}
-    model = set_fast(build(args.backbone, **options)).to(device, memory_format=torch.channels_last)
-    model.recompute = args.recompute
+    model = make_model(args, device)
     report(model, train_source, device, dtype, (why, why_dtype))
     per_epoch = len(epoch_batches(len(train_source), args.batch_size, args.seed, 0))
     prepare_folder(args)
@@ -374,16 +401,8 @@ def main(argv=None):
         run.log(**provenance(args, model))
     if args.overfit:
         print(f"the logit grid's ceiling: mIoU {grid_ceiling(val_source, args.size)['mIoU']:.1f}")
-    before = [signal.signal(kind, run.interrupt) for kind in (signal.SIGINT, signal.SIGTERM)]
-    try:
+    with interruptible(run, f"go on with --resume --out {run.out}"):
         fit(run, train_source, val_source)
-    except KeyboardInterrupt:
-        run.save("last.pt")
-        print(f"\nstopped at step {run.steps:,}; go on with --resume --out {run.out}", file=sys.stderr)
-        raise SystemExit(130) from None
-    finally:
-        for kind, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-            signal.signal(kind, handler)
     finish(run, test_source(args, val_source))
 
 
