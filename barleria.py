@@ -264,8 +264,8 @@ def assemble(clip, size=416, words=17, *, width=144, dropout=0.1, global_prior=T
     if released:  # as ETRIS: the positions are resized once, and trained at that size
         visual, grid = clip.visual, size // clip.size.patch
         visual.positional_embedding = nn.Parameter(resize_positions(visual.positional_embedding.data, grid, grid))
+    head = HierarchicalAlignment(clip), GlobalAlignment(clip), Projector(clip)  # first: the same as ETRIS' by seed
     side = SideNetwork(clip, size, width, released if over_batch is None else over_batch) if global_prior else None
-    head = HierarchicalAlignment(clip), GlobalAlignment(clip), Projector(clip)
     model = BarLeRIa(clip, *head, side, both_ways, size, words)
     for parameter in positions(clip):
         parameter.requires_grad_(released)

@@ -99,7 +99,8 @@ def open_dataset(name, split, data=None, limit=None, side=160) -> Source:
         for part in [part for part in refs if part in REFER]:
             every = [ref for ref in refs[part] if ref.split == "train"]
             refs[part] = [ref for ref in every if ref.image_id not in shown]
-            print(f"{part}: {len(every) - len(refs[part]):,} refs left out, evaluation splits show their pictures")
+            lost, gone = len(every) - len(refs[part]), len({ref.image_id for ref in every} & shown)
+            print(f"{part}: {lost:,} refs left out, evaluation splits show their {gone:,} pictures")
     parts = [Source(part, split, choose(part, split, refs[part], limit, side)) for part in names]
     return parts[0] if len(parts) == 1 else Source(name, split, ConcatDataset(parts))
 

@@ -10,7 +10,7 @@ B batch · L words · D text width · C picture width · N = h·w patches · r a
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -263,19 +263,25 @@ class DETRIS(ETRIS):
         return maps, words, sentence
 
 
+def join(clip: CLIP, dino: DINO) -> CLIP:
+    """The CLIP with this frozen DINO in its picture encoder's place."""
+    clip.visual, size = dino.requires_grad_(False), dino.size
+    clip.size = replace(clip.size, picture=size.picture, layers=size.layers, width=size.width, patch=size.patch)
+    return clip
+
+
 def assemble(clip, dino, size=448, words=17, *, aligners, adapters, width=128, text_rank=64, dropout=0.1,
              released=False) -> DETRIS:  # fmt: skip
     """DETRIS around a frozen CLIP's text tower and a frozen DINO. aligners, adapters: the numbers of the blocks that
     get one; width, text_rank: their ranks. released=True: parameters start as the original's do."""
-    clip.visual = dino.requires_grad_(False)
-    check_size(clip, size)
+    check_size(join(clip, dino), size)
     D, C = clip.size.text_width, dino.size.width
-    aligners = {str(i): DenseAligner(C, D, width, dino.first) for i in aligners}
-    adapters = {str(i): TextAdapter(D, text_rank) for i in adapters}
-    hierarchical = HierarchicalAlignment(clip)
+    hierarchical, *head = HierarchicalAlignment(clip), GlobalAlignment(clip), Projector(clip)  # ETRIS' by seed
     hierarchical.project[2] = conv_bn(C, D, kind=nn.ConvTranspose2d)  # DINO's last map is not in the joint space
     hierarchical.coordinates = Residual(*hierarchical.coordinates)
-    model = DETRIS(clip, aligners, adapters, hierarchical, GlobalAlignment(clip), Projector(clip), size, words)
+    aligners = {str(i): DenseAligner(C, D, width, dino.first) for i in aligners}
+    adapters = {str(i): TextAdapter(D, text_rank) for i in adapters}
+    model = DETRIS(clip, aligners, adapters, hierarchical, *head, size, words)
     if not released:
         start_small(model)
     for module in model.modules():
@@ -331,7 +337,7 @@ def load_frozen(name: str, weights=None, seed: int = 0) -> tuple[CLIP, DINO]:
     dino, source = load_dino(name, first or None, seed)
     clip = load_clip(TEXTS[name], "random" if first == "random" else second or None, seed)
     source = f"{source} and, for text, {TEXTS[name]}'s {clip.identity['weights']}"
-    clip.visual = dino.requires_grad_(False)
+    join(clip, dino)
     clip.identity = {"name": name, "weights": source, "sha256": fingerprint(clip.state_dict())}
     return clip, dino
 

@@ -323,19 +323,19 @@ def dino_file(name):
 
 
 def fetch_dino(name, url, cache):
-    """Download a DINOv2, check its names and shapes, move it into the cache."""
+    """Download a DINOv2 into the cache, if its names and shapes are those of `name`."""
+
+    def whole(part):
+        with contextlib.suppress(UserError):
+            return build_dino(read_weights(part)).size == DINO_SIZES[name]
+
     with blame(cache, "name a folder that can be written by the environment variable ETRIS_CACHE"):
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as fresh:
-            path = Path(fresh, f"{name}.pth")
-            try:
-                download(url, path, size_of)
-            except UserError as error:
-                raise UserError(f"no weights of {name}: {error}. Or fetch it elsewhere and give it by --weights FILE, "
-                                "or do without, by --weights random or --backbone tiny-dino") from None  # fmt: skip
-            if build_dino(read_weights(path), url).size != DINO_SIZES[name]:
-                raise UserError(f"{url}: holds a DINOv2 of other sizes than {name}: try later")
-            path.replace(cache / path.name)
+        try:
+            download(url, cache / f"{name}.pth", whole)
+        except UserError as error:
+            raise UserError(f"no weights of {name}: {error}; or fetch it elsewhere and give it by --weights FILE, or "
+                            "do without, by --weights random or --backbone tiny-dino") from None  # fmt: skip
 
 
 def parse(argv):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+import barleria
+import detris
 import evaluate
 import predict
 from clip_model import CLIP, Size, UserError, build_clip, fill_by_name, load_clip, tokenize
@@ -31,7 +33,8 @@ def fill(name, shape):
         return torch.tensor(4.6052)
     if len(shape) >= 2:
         fan_in = int(np.prod(shape[1:]))
-        if leaf == "positional_embedding" or "token_embedding" in name:
+        embeddings = ("positional_embedding", "pos_embed", "cls_token", "register_tokens", "mask_token")
+        if leaf in embeddings or "token_embedding" in name:
             fan_in = shape[-1]
         if leaf in ("text_projection", "proj"):
             fan_in = shape[0]
@@ -68,6 +71,78 @@ def test_the_golden_outputs_of_the_original_are_met(original, which):
         assert error <= bound, f"{key}: {error:.1e} of the largest"
 
 
+@pytest.fixture(scope="module", params=[("barleria", 416), ("detris_base", 448)], ids=lambda pair: pair[0])
+def another(request):
+    """BarLeRIa and DETRIS as their files are: wrapped, beside an epoch, names prefixed."""
+    name, size = request.param
+    state = golden_state(name)
+    file = {"epoch": 50, "state_dict": {f"module.{n}": x for n, x in state.items()}}
+    return name, size, state, from_official(file)
+
+
+@pytest.mark.parametrize("which", ["a", "c"])
+@torch.no_grad()
+def test_the_golden_outputs_of_the_other_two_originals_are_met(another, which):
+    """Logits to 3e-5 of the largest; size, system and enlargement follow from the file."""
+    name, size, _, model = another
+    expected = np.load(GOLDEN / f"{name}_{which}.npz")
+    dice = np.random.Generator(np.random.PCG64(zlib.crc32(f"image-{which}".encode())))
+    images = torch.from_numpy(dice.standard_normal((2, 3, size, size), dtype=np.float32))
+    logits, theirs = model(images, torch.from_numpy(expected["tokens"]).long()), torch.from_numpy(expected["logits"])
+    error = ((logits - theirs).abs().max() / theirs.abs().max()).item()
+    assert error <= 3e-5, f"logits: {error:.1e} of the largest"
+    assert (model.size, model.words, model.align_corners, model.training) == (size, 17, True, False)
+    assert model.system == name.split("_")[0]
+
+
+def test_the_way_back_of_the_other_two_ends_where_it_began(another):
+    """The same names; BarLeRIa's flows stand there twice, and it computes with the numbers under the second name."""
+    _, _, state, model = another
+    back = to_official(model)
+    assert set(back) == set(state)
+    assert all(torch.equal(back[n], state[n.replace(".transforms.", ".log_jacobians.")]) for n in state)
+
+
+@pytest.mark.parametrize("system", ["barleria", "detris"])
+def test_a_wrong_file_of_the_other_two_is_named_as_theirs(system):
+    """One tensor less, one more, one of another shape, and one that sizes are read from."""
+    state = small_of(system)
+    title = {"barleria": "BarLeRIa", "detris": "DETRIS"}[system]
+    first = "neck.aggr.0.weight"
+    for wrong in ({n: x for n, x in state.items() if n != first}, state | {"neck.zzz": torch.zeros(1)},
+                  state | {first: torch.zeros(1)}):  # fmt: skip
+        with pytest.raises(UserError, match=f"original {title}: 1 tensors (missing|unknown|of another shape), neck"):
+            from_official(wrong)
+    conv = {"barleria": "backbone.visual.conv1.weight", "detris": "dinov2.patch_embed.proj.weight"}[system]
+    with pytest.raises(UserError, match=f"original {title}: .*{conv.split('.', 1)[1]} is missing"):
+        from_official({n: x for n, x in state.items() if n != conv})
+
+
+def small_of(system, **options):
+    """What the originals would have saved, in small, under their names."""
+    clip = build_clip(fill_by_name(CLIP(Size(32, 64, 6, 64, 16, 64, 3, 20)).state_dict()))
+    if system == "barleria":
+        return to_official(barleria.assemble(clip, 64, 17, width=24, released=True, **options))
+    dino = detris.DINO(detris.DinoSize(96, 6, 16, 64))
+    where = {"aligners": (1,), "adapters": (1,), "width": 32, "text_rank": 16} | options
+    return to_official(detris.assemble(clip, dino, 64, 17, released=True, **where))
+
+
+@torch.no_grad()
+def test_other_configurations_are_read_off_the_file():
+    """DETRIS: any blocks, ranks and none at all. BarLeRIa: without its side network; both ways has no original."""
+    where = {"aligners": (1, 2, 4), "adapters": (0,), "width": 48, "text_rank": 16}
+    model = from_official(small_of("detris", **where), size=64)
+    assert list(model.aligners) == ["1", "2", "4"] and list(model.adapters) == ["0"] and model.size == 64
+    assert (model.aligners["1"].down.out_features, model.adapters["0"].down.out_features) == (48, 16)
+    bare = from_official(small_of("detris", aligners=(), adapters=()), size=64)
+    assert len(bare.aligners) == len(bare.adapters) == 0
+    local = from_official(small_of("barleria", global_prior=False))
+    assert local.side is None and local.size == 64 and not from_official(small_of("barleria")).side.over_batch
+    with pytest.raises(UserError, match="prompt_t.* the original BarLeRIa has no such part"):
+        small_of("barleria", both_ways=True)
+
+
 def test_the_way_back_gives_the_same_tensors_under_the_same_names(original):
     _, state, model = original
     back = to_official(model)
@@ -100,9 +175,13 @@ def small_official_file(path):
     return model.eval()
 
 
-def test_evaluate_and_predict_take_an_official_file_as_it_is(tmp_path, capsys):
+@pytest.mark.parametrize("system", ["etris", "barleria", "detris"])
+def test_evaluate_and_predict_take_an_official_file_as_it_is(system, tmp_path, capsys):
     """python evaluate.py best_model.pth …, python predict.py best_model.pth …: no conversion in between."""
-    small_official_file(tmp_path / "best_model.pth")
+    if system == "etris":
+        small_official_file(tmp_path / "best_model.pth")
+    else:
+        torch.save({"state_dict": small_of(system), "epoch": 1}, tmp_path / "best_model.pth")
     file = str(tmp_path / "best_model.pth")
     evaluate.main([file, "--dataset", "scenes", "--limit", "2", "--json", str(tmp_path / "j")])
     assert json.loads((tmp_path / "j").read_text())["refs"] == 2
