@@ -207,7 +207,9 @@ def lora(model, rank: int = 4):
     """
     found = []
     for module in model.frozen.modules():
-        if isinstance(module, Attention):
+        if hasattr(module, "qkv"):  # a DINOv2's
+            found.append((module.qkv, "weight", (0, 2), 3))
+        elif isinstance(module, Attention):
             found.append((module, "in_proj_weight", (0, 2), 3))
         elif isinstance(module, AttentionPool):
             found += [(module.q_proj, "weight", (0,), 1), (module.v_proj, "weight", (0,), 1)]

@@ -13,6 +13,7 @@ import evaluate
 import prepare
 import pretrain
 import train
+import tuning
 from clip_model import CLIP, SIZES, Size, UserError, build_clip, fill_by_name, load_clip, tokenize
 from detris import DINO, DenseAligner, DenseBranches, DinoSize, TextAdapter, assemble, build, build_dino, load_dino
 from etris import set_fast, text_to_pixel_loss
@@ -331,6 +332,16 @@ def test_train_evaluate_and_predict_take_it_as_any_other(tmp_path):
     assert file["identity"]["name"] == "tiny-dino" and list(load_checkpoint(out / "best.pt").adapters) == ["1", "2"]
     evaluate.main([str(out / "best.pt"), "--limit", "2", "--json", str(tmp_path / "j"), "--device", "cpu"])
     assert json.loads((tmp_path / "j").read_text())["refs"] == 2
+
+
+def test_lora_joins_dinov2s_attention_too():
+    """tuning.py's methods apply to this system: queries and values of six blocks more."""
+    values = {"size": 64, "words": 8, "weights": "random", "system": "detris"}
+    model = tuning.build("tiny-dino", tuning="bridger+lora", **values).eval()
+    qkv = [name for name, _ in model.tuned() if name.startswith("clip.visual.blocks") and ".qkv." in name]
+    assert len(qkv) == 12 and all("parametrizations" in name for name in qkv)
+    low_rank = [x for name, x in model.tuned() if name.startswith("clip.")]
+    assert sum(x.numel() for x in low_rank) == 4 * 2 * (128 + 128) * (6 + 3)
 
 
 # ---- how the frozen weights arrive
