@@ -163,7 +163,7 @@ class Below:
     def shared_by(self, model):
         """Within it the model looks its stem and first stage up here; only if nothing there learns, on a CPU."""
         visual = getattr(model.frozen, "visual", None)
-        plain = model.system == "etris" and not visual.conv1.weight.is_cuda
+        plain = model.system == "etris" and visual.conv1.weight.device.type == "cpu"
         if not plain or any(parameter.requires_grad for parameter in visual.stages[0].parameters()):
             yield
             return
@@ -190,7 +190,7 @@ class Below:
         if self.bytes < REMEMBER:
             self.kept.update(found)
             self.bytes += sum(4 * one.numel() for one in found.values())
-        return out
+        return out if out.ndim == 3 else out.contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------------- one run
@@ -300,7 +300,7 @@ class Results:
         if key in self.file["runs"]:
             bar.update(own.steps)
             return self.file["runs"][key]
-        own.out = self.work / key
+        own.out = str(self.work / key)
         bar.set_description(f"{row.name}, rate {rate:g}, seed {seed}")
         self.file["runs"][key] = run_once(own, row, bar, self.below) | {"config": config}
         write_file(self.path, json.dumps(self.file, indent=1).encode())
@@ -359,7 +359,8 @@ def markdown(name, done) -> str:
     lines = [f"| {title} | paper | {' | '.join(SHOWN)} | mIoU less {reference or '–'} | tuned | in the encoders | rate "
              "| seconds |", "|---" * (len(SHOWN) + 7) + "|"]  # fmt: skip
     for row, runs in groups.items():
-        paper = printed[row].printed[0] if printed[row].printed else "–"
+        score, *precisions = printed[row].printed or ("–",)
+        paper = f"{score} ({' / '.join(map(str, precisions))})" if precisions else score
         scores = " | ".join(spread([run[metric] for run in runs]) for metric in SHOWN)
         pairs = [a["mIoU"] - b["mIoU"] for a, b in zip(runs, groups.get(reference, ()), strict=False)]
         against = spread(pairs) if pairs and row != reference else "–"
@@ -370,7 +371,7 @@ def markdown(name, done) -> str:
     note = (f"{first['config']['backbone']}, {first['dataset']} {first['split']}, {first['sentences']:,} sentences, "
             f"{first['steps']:,} steps, {max(map(len, groups.values()))} seeds (± their standard deviation), "
             f"{first['threads']} threads, {first['hardware']}. Paper: RN101, RefCOCO val, printed as oIoU, computed as "
-            "mIoU. A difference within its own ± is none that these runs show.")  # fmt: skip
+            "mIoU (Pr@0.5 / 0.7 / 0.9). A difference within its own ± is none that these runs show.")  # fmt: skip
     return "\n".join([*lines, "", note, ""])
 
 
@@ -474,12 +475,13 @@ def counts() -> str:
     return "\n".join(lines)
 
 
+BOTH = "the two together"
 SENTENCE = "printed is RN101's without HA's sentence projection, 23,981,569"
 TABLE3 = {
     "RN50": ("1.68M", "23.98M", "25.66M", "RN50 and RN101 have the same shapes where bridges stand; not determinable",
-             SENTENCE, ""),
-    "RN101": ("1.94M", "23.98M", "25.92M", "", SENTENCE, ""),
-    "ViT-B-16": ("1.39M", "23.98M", "25.37M", "width 128 would give 1,387,648; configured is 64", SENTENCE, ""),
+             SENTENCE, BOTH),
+    "RN101": ("1.94M", "23.98M", "25.92M", "", SENTENCE, BOTH),
+    "ViT-B-16": ("1.39M", "23.98M", "25.37M", "width 128 would give 1,387,648; configured is 64", SENTENCE, BOTH),
 }  # fmt: skip
 
 

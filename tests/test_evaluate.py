@@ -13,14 +13,18 @@ import evaluate as room
 from clip_model import UserError
 from data import letterbox, open_dataset
 from evaluate import (
+    EvalSet,
     evaluate,
+    found_thing,
     grid_ceiling,
+    group_scores,
     intersection_union,
     predict_probabilities,
     sentence_batches,
     summarise,
     table,
 )
+from scenes import Thing
 
 
 def masks(*rows):
@@ -131,6 +135,93 @@ def test_scenes_keep_the_kind_of_their_sentences(bright_model):
     source = open_dataset("scenes", "val", limit=2, side=bright_model.size)
     _, rows = evaluate(bright_model, source, progress=False)
     assert [row["kind"] for row in rows] == [kind for i in range(2) for kind in source[i].kinds]
+
+
+# ---- --by: the paper's appendix B
+def scene_row(kind, objects, occlusion, both, either, digit=None, found=None):
+    return {"kind": kind, "objects": objects, "occlusion": occlusion, "I": both, "U": either, "digit": digit,
+            "found": found}  # fmt: skip
+
+
+ROWS = [scene_row("digit", 3, "none", 1, 1, 7, "7"), scene_row("digit", 12, "up to 10 %", 0, 4, 7, "1"),
+        scene_row("place", 3, "none", 1, 2), scene_row("digit", 5, "more", 0, 1, 2, "nothing")]  # fmt: skip
+
+
+def test_scores_by_group_are_those_of_its_sentences():
+    """Three objects: IoU 1 and 1/2, so mIoU 75 and oIoU 2/3; groups come in order of number or of hidden share."""
+    groups = group_scores(ROWS, "objects")
+    assert list(groups) == ["3", "5", "12"] and [x["sentences"] for x in groups.values()] == [2, 1, 1]
+    assert groups["3"]["mIoU"] == 75 and groups["3"]["oIoU"] == pytest.approx(200 / 3)
+    assert list(group_scores(ROWS, "occlusion")) == ["none", "up to 10 %", "more"]
+    assert {name: x["mIoU"] for name, x in group_scores(ROWS, "kind").items()} == {
+        "digit": pytest.approx(100 / 3),
+        "place": 50,
+    }
+
+
+def test_the_confusion_of_digits_counts_what_was_found():
+    assert group_scores(ROWS, "digits") == {"2": {"nothing": 1}, "7": {"7": 1, "1": 1}}
+
+
+def test_the_thing_found_is_where_most_of_the_mask_lies():
+    """A 3 at the left, a ring at the right, on 160 pixels; masks on 80: a pixel stands for two."""
+    things = [Thing("number", "red", "medium", 40, 80, 20, 3), Thing("ring", "blue", "medium", 120, 80, 20)]
+    mask = torch.zeros(80, 80, dtype=torch.bool)
+    assert found_thing(things, mask) == "nothing"
+    mask[38:42, 18:22] = True
+    assert found_thing(things, mask) == "3"
+    mask[35:45, 55:65] = True
+    assert found_thing(things, mask) == "no digit"
+    mask[:] = False
+    mask[:3, :3] = True  # in nobody's radius
+    assert found_thing(things, mask) == "nothing"
+
+
+def test_a_model_that_finds_the_truth_confuses_no_digits(bright_model):
+    """The drawn masks themselves as predictions: whatever digit is asked for is found, every time."""
+    source = open_dataset("scenes", "test-numbers", limit=40, side=64)
+    items, rows = [EvalSet(source, 64, 17)[i] for i in range(40)], []
+    for item in items:
+        rows += [room.score(item, k, item["mask"]) for k in range(len(item["sentences"]))]
+    confusion = group_scores(rows, "digits")
+    assert confusion and all(found == {asked: found.get(asked)} for asked, found in confusion.items())
+    assert sum(sum(x.values()) for x in confusion.values()) == sum(row["kind"] == "digit" for row in rows)
+    assert {row["objects"] for row in rows} == {len(item["things"]) for item in items}
+    hidden = {item["occlusion"] for item in items}
+    assert {row["occlusion"] for row in rows} == {"none"} | {
+        next(label for share, label in room.HIDDEN.items() if one <= share) for one in hidden
+    }
+
+
+def test_by_writes_table_and_figure_beside_the_json(bright_model, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(room, "load_checkpoint", lambda *_: bright_model.eval())
+    more = [word for by in ("kind", "objects", "occlusion", "digits") for word in ("--by", by)]
+    command = [
+        "x.pt",
+        "--split",
+        "test-numbers",
+        "--limit",
+        "30",
+        "--json",
+        str(tmp_path / "n.json"),
+        "--device",
+        "cpu",
+    ]
+    room.main([*command, *more, "--csv", str(tmp_path / "n.csv")])
+    result, printed = json.loads((tmp_path / "n.json").read_text()), capsys.readouterr().out
+    for by in ("kind", "objects", "occlusion"):
+        assert sum(x["sentences"] for x in result["by"][by].values()) == result["sentences"]
+        assert f"by {by}" in printed and (tmp_path / f"n-by-{by}.png").stat().st_size > 3000
+    with open(tmp_path / "n.csv") as file:
+        digits = [row["digit"] for row in csv.DictReader(file) if row["kind"] == "digit"]
+    assert sum(sum(x.values()) for x in result["by"]["digits"].values()) == len(digits) and "" not in digits
+    assert (tmp_path / "n-by-digits.png").exists()
+
+
+def test_by_needs_scenes_and_says_so(bright_folder, capsys):
+    with pytest.raises(SystemExit) as stop:
+        room.main(["x.pt", "--dataset", str(bright_folder), "--by", "kind"])
+    assert stop.value.code == 2 and "choose --dataset scenes" in capsys.readouterr().err
 
 
 def test_the_threshold_is_a_probability(bright_folder, bright_model):
