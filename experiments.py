@@ -7,7 +7,7 @@
 
 Rows of a table share steps, batches, their order, the decoder's first weights and the test scenes; each row's rate is
 the one of three that does best on val with the first seed. The model after the last step is tested; none is picked.
-A run stands in RESULTS/runs.json under all that decides it, so it serves every table and an interrupted table goes on.
+A run stands in RESULTS/runs.json under all that decides it, so it serves every table; an interrupted table goes on.
 What the paper prints as oIoU is its code's mIoU (README, ledger). Options that are not listed go to train.py.
 """
 
@@ -18,6 +18,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import operator
 import shutil
 import statistics
 import time
@@ -36,8 +37,7 @@ from scenes import FLAVOURS, Scenes
 from tuning import apply, build, parse
 
 VERSION = 1  # of the results files
-STEPS = {"question": 1600}  # of a run in miniature; at full size the preset's epochs
-FEW = 400
+FEW, STEPS = 600, {"question": 2000}  # of a run in miniature, 150 s at most; at full size the preset's epochs
 RATES = (1 / 3, 1, 3)  # times the preset's; at full size the preset's own, for the tables are on val itself
 SHOWN = ("oIoU", "mIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9")
 REMEMBER = 2 * 2**30  # bytes of features that are kept
@@ -146,11 +146,20 @@ def open_split(dataset, split, data, limit, side):
 
 def sources(args):
     """Train, val and test; of drawn scenes each is drawn once. RefCOCO's tables are on val (section 5.1)."""
-    where, scenes = (args.data, args.limit, args.size), args.dataset in FLAVOURS
-    few = {split: args.limit or count for split, count in train.ENOUGH.items()} if scenes else {}
-    test = "val" if args.dataset in REFER else "test"
-    splits = [("train", args.limit), ("val", few.get("val")), (test, few.get("test"))]
-    return [open_split(args.dataset, split, where[0], limit, where[2]) for split, limit in splits]
+    enough = train.ENOUGH if args.dataset in FLAVOURS else {}
+    splits = ("train", "val", "val" if args.dataset in REFER else "test")
+    limits = [args.limit or enough.get(split) for split in splits]
+    pairs = zip(splits, limits, strict=True)
+    return [open_split(args.dataset, split, args.data, limit, args.size) for split, limit in pairs]
+
+
+def data_hash(args) -> str:
+    """Tells apart data that changed under the same name: split sizes, and the first and last object of each."""
+    digest = hashlib.sha256()
+    for source in sources(args):
+        for item in (source[0], source[len(source) - 1]):
+            digest.update(f"{len(source)} {item.sentences}".encode() + item.picture.tobytes() + item.mask.tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Below:
@@ -214,16 +223,15 @@ def configuration(own, row) -> dict:
     names = ("backbone", "dataset", "system", "size", "words", "batch_size", "accumulate", "schedule", "dropout",
              "width", "lr", "bridge_lr", "weights", "limit", "seed", "steps", "amp")  # fmt: skip
     sha = frozen_hash(own.system, own.backbone, own.weights, own.size, own.seed if own.weights == "random" else 0)
-    fixed = {name: getattr(own, name) for name in names} | {"tuning": "+".join(parse(own.tuning)), "frozen": sha}
-    return json.loads(json.dumps(fixed | row.options))
+    fixed = {"tuning": "+".join(parse(own.tuning)), "frozen": sha, "data": data_hash(own)}
+    return json.loads(json.dumps({name: getattr(own, name) for name in names} | fixed | row.options))
 
 
 def count_tuned(model, encoders=False) -> int:
     """Parameters that learn; encoders=True: without the decoder, as the paper's tables count them."""
     head = ("hierarchical.", "global_.", "projector.")
-    return sum(
-        p.numel() for n, p in model.named_parameters() if p.requires_grad and not (encoders and n.startswith(head))
-    )
+    learns = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
+    return sum(count for name, count in learns if not (encoders and name.startswith(head)))
 
 
 def run_once(own, row, bar, below) -> dict:
@@ -239,11 +247,10 @@ def run_once(own, row, bar, below) -> dict:
     if (run.out / "last.pt").exists():
         run.restore(run.out / "last.pt")
         bar.update(run.steps)
-    with below.shared_by(model):
-        with train.interruptible(run):
-            while run.steps < run.total:
-                train.train_epoch(run, training, bar)
-                run.epoch, run.done, run.totals = run.epoch + 1, 0, [0.0, 0.0]
+    with below.shared_by(model), train.interruptible(run):
+        while run.steps < run.total:
+            train.train_epoch(run, training, bar)
+            run.epoch, run.done, run.totals = run.epoch + 1, 0, [0.0, 0.0]
         seconds = 60 * run.minutes + time.time() - run.start
         cast = None if dtype is torch.float32 else dtype
         more = {"batch_size": 2 * own.batch_size, "dtype": cast, "workers": own.workers, "progress": False}
@@ -265,9 +272,8 @@ def read_results(path) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no results file ({type(error).__name__}): move it away") from None
     if version != VERSION:
-        raise UserError(
-            f"{path}: version {version}, this code writes {VERSION}: move it away or give another --results"
-        )
+        advice = "move it away or give another --results"
+        raise UserError(f"{path}: version {version}, this code writes {VERSION}: {advice}")
     return file
 
 
@@ -279,17 +285,15 @@ def only_one(folder):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(
-                f"{folder}: another process writes results there: wait, or give another --results"
-            ) from None
+            raise UserError(f"{folder}: another process writes there: wait, or give another --results") from None
         yield
 
 
 class Results:
-    """Every run by its configuration, in RESULTS/runs.json, written whole after each."""
+    """Every run by its configuration, in RESULTS/runs.json, whole after each; .unfinished/ holds a stopped one."""
 
-    def __init__(self, folder, work):
-        self.path, self.work, self.below = folder / "runs.json", work, Below()
+    def __init__(self, folder):
+        self.path, self.below = folder / "runs.json", Below()
         self.file = read_results(self.path)
 
     def get(self, row, args, more, bar, rate, seed) -> dict:
@@ -300,7 +304,7 @@ class Results:
         if key in self.file["runs"]:
             bar.update(own.steps)
             return self.file["runs"][key]
-        own.out = str(self.work / key)
+        own.out = str(self.path.with_name(".unfinished") / key)
         bar.set_description(f"{row.name}, rate {rate:g}, seed {seed}")
         self.file["runs"][key] = run_once(own, row, bar, self.below) | {"config": config}
         write_file(self.path, json.dumps(self.file, indent=1).encode())
@@ -310,7 +314,7 @@ class Results:
 
 def run_table(name, args, more) -> list[dict]:
     """Every row at its best rate and every seed → the runs, each with its row's name; written as they come."""
-    rows, results, done = chosen_rows(name, args.rows), Results(args.results, args.work), []
+    rows, results, done = chosen_rows(name, args.rows), Results(args.results), []
     plans = [(row, rates(row, args, more)) for row in rows]
     total = sum(settings(row, args, more).steps * (len(values) + args.seeds - 1) for row, values in plans)
     with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
@@ -375,15 +379,26 @@ def markdown(name, done) -> str:
     return "\n".join([*lines, "", note, ""])
 
 
+def table_path(name, args) -> Path:
+    """RESULTS/table6.json; of another backbone or data set RESULTS/table6-RN101-refcoco.json."""
+    default = (args.backbone, args.dataset) == ("tiny", "scenes")
+    return args.results / (name + ("" if default else f"-{args.backbone}-{Path(args.dataset).name}") + ".json")
+
+
 def write_table(name, args, done):
-    """RESULTS/NAME.json, .md and .png of the runs so far."""
-    stem = name if args.small and args.dataset == "scenes" else f"{name}-{args.backbone}-{Path(args.dataset).name}"
+    """The table's .json, .md and .png: the runs so far, and rows of an earlier call that are comparable with them."""
+    path, order, groups = table_path(name, args), [row.name for row in TABLES[name][1]], by_row(done)
+    same = operator.itemgetter("steps", "data", "dataset", "size", "batch_size")
+    for run in read_results(path)["runs"]:
+        if run["row"] in order and run["row"] not in groups and same(run["config"]) == same(done[0]["config"]):
+            done = [*done, run]
+    done = sorted(done, key=lambda run: order.index(run["row"]))
     extra = {"difference": differences(done)} if name == "question" and len(by_row(done)) == 2 else {}
     file = {"version": VERSION, "table": name, "runs": done} | extra
-    write_file(args.results / f"{stem}.json", json.dumps(file, indent=1).encode())
+    write_file(path, json.dumps(file, indent=1).encode())
     text = markdown(name, done) + ("\n" + question_table(file["difference"]) if extra else "")
-    write_file(args.results / f"{stem}.md", text.encode())
-    draw(TABLES[name][0], done, args.results / f"{stem}.png")
+    write_file(path.with_suffix(".md"), text.encode())
+    draw(TABLES[name][0], done, path.with_suffix(".png"))
 
 
 def draw(title, done, path):
@@ -398,6 +413,7 @@ def draw(title, done, path):
         axis.errorbar(x, statistics.mean(values), yerr=error, fmt="o", capsize=3)
         axis.annotate(row, (x, statistics.mean(values)), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.set_xscale("symlog", linthresh=1000)
+    axis.set_xlim(-200, 4 * max(1000, *(run["tuned_encoders"] for run in done)))
     axis.set(xlabel="tuned parameters in the encoders", ylabel="mIoU on test, percent", title=title)
     figure.savefig(path, dpi=110)
 
@@ -442,7 +458,7 @@ def question_table(found) -> str:
         between = "–" if x["low"] is None else f"{x['low']:+.2f} to {x['high']:+.2f}"
         lines.append(f"| {what} | {x['mean']:+.2f} | {between} | {x['seeds']} |")
     return "\n".join(
-        [*lines, "", "The interval is the training's chance on these test scenes, not that of the scenes.", ""]
+        [*lines, "", "The interval is training's chance on these test scenes, not that of the scenes.", ""]
     )
 
 
@@ -461,28 +477,21 @@ def counts() -> str:
         for row in TABLES[name][1]:
             here = count_tuned(on_paper(row.tuning, **row.options), encoders=True)
             lines.append(f"| {name[5:]} | {row.name} | {row.parameters} | {here:,} | {row.why} |")
-    for backbone, printed in TABLE3.items():
+    for backbone, (paper, whole, why) in TABLE3.items():
         model = on_paper(backbone=backbone)
-        here = (
-            count_tuned(model, encoders=True),
-            count_tuned(model) - count_tuned(model, encoders=True),
-            count_tuned(model),
-        )
-        for part, paper, number, why in zip(
-            ("Bridger", "decoder", "total"), printed[:3], here, printed[3:], strict=True
-        ):
-            lines.append(f"| 3 | {backbone} {part} | {paper} | {number:,} | {why} |")
+        encoders, every = count_tuned(model, encoders=True), count_tuned(model)
+        lines.append(f"| 3 | {backbone} Bridger | {paper} | {encoders:,} | {why} |")
+        lines.append(f"| 3 | {backbone} decoder | 23.98M | {every - encoders:,} | {SENTENCE} |")
+        lines.append(f"| 3 | {backbone} total | {whole} | {every:,} | the two together |")
     return "\n".join(lines)
 
 
-BOTH = "the two together"
 SENTENCE = "printed is RN101's without HA's sentence projection, 23,981,569"
 TABLE3 = {
-    "RN50": ("1.68M", "23.98M", "25.66M", "RN50 and RN101 have the same shapes where bridges stand; not determinable",
-             SENTENCE, BOTH),
-    "RN101": ("1.94M", "23.98M", "25.92M", "", SENTENCE, BOTH),
-    "ViT-B-16": ("1.39M", "23.98M", "25.37M", "width 128 would give 1,387,648; configured is 64", SENTENCE, BOTH),
-}  # fmt: skip
+    "RN50": ("1.68M", "25.66M", "not determinable: RN50 and RN101 have the same shapes where bridges stand"),
+    "RN101": ("1.94M", "25.92M", ""),
+    "ViT-B-16": ("1.39M", "25.37M", "width 128 would give 1,387,648; configured is 64"),
+}
 
 
 @command
@@ -496,7 +505,6 @@ def main(argv=None):
     add("--backbone", default="tiny")
     add("--dataset", default="scenes")
     add("--results", type=Path, default=HERE / "results", metavar="DIR")
-    add("--work", type=Path, default=Path("runs/experiments"), metavar="DIR", help="where interrupted runs wait")
     args, more = parser.parse_known_args(argv)
     if args.table == "counts":
         return print(counts())
@@ -506,6 +514,7 @@ def main(argv=None):
     args.small = args.backbone.startswith("tiny")
     args.steps = args.steps or (STEPS.get(args.table, FEW) if args.small else None)
     with only_one(args.results):
+        read_results(table_path(args.table, args))  # before anything is trained
         done = run_table(args.table, args, more)
     print(markdown(args.table, done))
     if args.table == "question" and len(by_row(done)) == 2:

@@ -18,7 +18,7 @@ FAST = ["--weights", "random", "--limit", "6", "--size", "64", "--batch-size", "
 
 def run(folder, table, *more):
     """The command itself, two steps a run → its results file."""
-    main([table, "--steps", "2", "--results", str(folder / "results"), "--work", str(folder / "work"), *FAST, *more])
+    main([table, "--steps", "2", "--results", str(folder / "results"), *FAST, *more])
     return json.loads((folder / "results" / f"{table}.json").read_text())
 
 
@@ -53,7 +53,7 @@ def test_the_results_file_holds_what_design_promises(finished):
     text = (folder / "results" / "table6.md").read_text()
     assert "| without GA | 62.21 (71.51 / 53.41 / 11.16) |" in text and "2 steps, 2 seeds" in text
     assert (folder / "results" / "table6.png").stat().st_size > 5000
-    assert not list((folder / "work").iterdir())  # nothing waits
+    assert not list((folder / "results" / ".unfinished").iterdir())
 
 
 def test_the_rate_is_the_best_of_three_on_val_with_the_first_seed(finished):
@@ -163,6 +163,17 @@ def test_an_interrupted_table_goes_on_where_it_stood(tmp_path, monkeypatch, caps
     assert (whole["mIoU"], whole["oIoU"], whole["val"]) == (other["mIoU"], other["oIoU"], other["val"])
 
 
+def test_rows_run_one_by_one_make_the_whole_table(finished, tmp_path):
+    """A later call with --rows keeps the comparable rows there are, in the table's order, and drops others."""
+    folder, file = finished
+    path = tmp_path / "results" / "table6.json"
+    path.parent.mkdir()
+    other = file["runs"][0] | {"row": "without Bridger", "config": file["runs"][0]["config"] | {"steps": 9}}
+    path.write_text(json.dumps(file | {"runs": [*file["runs"], other]}))
+    runs = run(tmp_path, "table6", "--seeds", "1", "--lr", "0.001", "--rows", "without HA")["runs"]
+    assert [one["row"] for one in runs] == ["without HA", "without GA", "without GA", "ETRIS", "ETRIS"]
+
+
 def refused(capsys, folder, *command):
     """The one line on stderr of a command that ends with status 2."""
     with pytest.raises(SystemExit) as stop:
@@ -188,7 +199,7 @@ def test_a_results_file_of_another_version_is_left_alone(tmp_path, capsys):
 def test_a_second_process_on_the_same_results_is_refused(tmp_path, capsys):
     with open(tmp_path / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert "another process writes results there" in refused(capsys, tmp_path, "table6")
+        assert "another process writes there" in refused(capsys, tmp_path, "table6")
     assert not (tmp_path / "runs.json").exists()
 
 
