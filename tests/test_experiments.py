@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import experiments
+import scenes
 import train
 from experiments import TABLES, Below, chosen_rows, counts, differences, interval, main, markdown, settings
 
@@ -86,6 +87,17 @@ def test_what_differs_is_another_configuration():
             known.add(json.dumps(experiments.configuration(own, row), sort_keys=True))
     same = {"ETRIS", "2->n, 3", f"d = {train.PRESETS['tiny']['width']}"}
     assert len(known) == 3 * (len(rows) - len(same & set(rows)) + 1)
+
+
+def test_data_that_changed_under_the_same_name_is_another_configuration(monkeypatch):
+    args = train.arguments([*FAST, "--steps", "2"])
+    before = experiments.configuration(args, TABLES["table6"][1][3])
+    experiments.open_split.cache_clear()
+    for colour in scenes.COLOURS:
+        monkeypatch.setitem(scenes.COLOURS, colour, (9, 9, 9))
+    after = experiments.configuration(args, TABLES["table6"][1][3])
+    experiments.open_split.cache_clear()
+    assert {key for key in before if before[key] != after[key]} == {"data"}
 
 
 def test_rows_see_the_same_batches_in_the_same_order(tmp_path, monkeypatch):

@@ -154,6 +154,15 @@ def test_lora_equals_its_merged_weight(backbone):
             parametrize.remove_parametrizations(module, name)
     assert not any("parametrizations" in name for name in model.state_dict())
     assert type(model.clip.transformer.resblocks[0].attn) is Attention
+    changed = model.clip.state_dict()
+    for name, x in small("frozen", backbone).clip.state_dict().items():
+        parts = (
+            [not torch.equal(*pair) for pair in zip(changed[name].chunk(3), x.chunk(3), strict=True)] if x.ndim else []
+        )
+        if name.endswith("attn.in_proj_weight"):
+            assert parts == [True, False, True], name  # queries and values, not keys
+        else:
+            assert any(parts) == name.endswith(("attnpool.q_proj.weight", "attnpool.v_proj.weight")), name
     assert torch.equal(logits(model), tuned) and not torch.equal(tuned, logits(small("frozen", backbone)))
 
 
