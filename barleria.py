@@ -19,7 +19,7 @@ from etris import ETRIS, GlobalAlignment, HierarchicalAlignment, Projector, chec
 
 PAPER = {"size": 416, "epochs": 50, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 144,
          "dropout": 0.1, "words": 17}  # 17 on G-Ref too (SPEC 6.3, 7) # fmt: skip
-TINY = {"size": 128, "epochs": 3, "batch_size": 16, "lr": 1.5e-3, "bridge_lr": 1.5e-3, "schedule": "cosine",
+TINY = {"size": 96, "epochs": 3, "batch_size": 16, "lr": 1.5e-3, "bridge_lr": 1.5e-3, "schedule": "cosine",
         "width": 48, "dropout": 0.0}  # fmt: skip
 PRESETS = {"ViT-B-16": PAPER, "tiny-vit": TINY}  # width: the side network's
 NARROW, HEADS, QUERIES, PLANES = 32, 3, 128, 4  # inside of the prompt MLPs; side network; planar flows in a row
@@ -278,7 +278,7 @@ def assemble(clip, size=416, words=17, *, width=144, dropout=0.1, global_prior=T
     return model.train()
 
 
-def build(backbone="tiny-vit", size=128, words=17, weights=None, seed=0, **options) -> BarLeRIa:
+def build(backbone="tiny-vit", size=96, words=17, weights=None, seed=0, **options) -> BarLeRIa:
     """A model from plain values, which a checkpoint carries as `config` (options: those of `assemble`)."""
     if backbone not in PRESETS:
         raise UserError(f"--system barleria with --backbone {backbone}: choose one of {', '.join(PRESETS)}")

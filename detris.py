@@ -293,13 +293,13 @@ def assemble(clip, dino, size=448, words=17, *, aligners, adapters, width=128, t
 
 PAPER = {"size": 448, "epochs": 65, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 128,
          "dropout": 0.1}  # fmt: skip
-TINY = {"size": 128, "epochs": 3, "batch_size": 16, "lr": 1.5e-3, "bridge_lr": 1.5e-3, "schedule": "cosine",
+TINY = {"size": 96, "epochs": 3, "batch_size": 16, "lr": 1.5e-3, "bridge_lr": 1.5e-3, "schedule": "cosine",
         "width": 32, "dropout": 0.0}  # fmt: skip
 PRESETS = {"tiny-dino": TINY, "dinov2-base": PAPER, "dinov2-large": PAPER | {"epochs": 50},
            "dinov2-large-mixed": PAPER | {"epochs": 50, "width": 384}}  # width: the aligners' rank # fmt: skip
 BASE, LARGE = DinoSize(768, 12, 14, 518), DinoSize(1024, 24, 14, 518)
 SIZES = {
-    "tiny-dino": DinoSize(128, 6, 16, 128),
+    "tiny-dino": DinoSize(128, 6, 16, 96),
     "dinov2-base": BASE,
     "dinov2-large": LARGE,
     "dinov2-large-mixed": LARGE,
@@ -342,7 +342,7 @@ def load_frozen(name: str, weights=None, seed: int = 0) -> tuple[CLIP, DINO]:
     return clip, dino
 
 
-def build(backbone="tiny-dino", size=128, words=17, weights=None, seed=0, **options) -> DETRIS:
+def build(backbone="tiny-dino", size=96, words=17, weights=None, seed=0, **options) -> DETRIS:
     """A model from plain values, which a checkpoint carries as `config` (options: those of `assemble`)."""
     if backbone not in PRESETS:
         raise UserError(f"--system detris with --backbone {backbone}: choose one of {', '.join(PRESETS)}")
