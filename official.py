@@ -1,7 +1,7 @@
-"""14. Checkpoint files → models: our own (tuned tensors only) and those the original ETRIS published, and the way back.
+"""14. Checkpoint files → models: our own (tuned tensors only) and those of the three originals, and the way back.
 
-The original saves its whole state dict, frozen CLIP included, under its own names. One function says what each of our
-tensors is called there; reading and writing both go through it, so nothing can be left over or made up.
+ETRIS, BarLeRIa and DETRIS save whole state dicts, frozen parts included, under their own names. One function says what
+each of our tensors is called there; reading and writing both go through it, so nothing is left over or made up.
 """
 
 import re
