@@ -364,7 +364,7 @@ def markdown(name, done) -> str:
              "| seconds |", "|---" * (len(SHOWN) + 7) + "|"]  # fmt: skip
     for row, runs in groups.items():
         score, *precisions = printed[row].printed or ("–",)
-        paper = f"{score} ({' / '.join(map(str, precisions))})" if precisions else score
+        paper = f"{score} ({' / '.join(f'{x:.2f}' for x in precisions)})" if precisions else score
         scores = " | ".join(spread([run[metric] for run in runs]) for metric in SHOWN)
         pairs = [a["mIoU"] - b["mIoU"] for a, b in zip(runs, groups.get(reference, ()), strict=False)]
         against = spread(pairs) if pairs and row != reference else "–"

@@ -300,6 +300,23 @@ def test_unknown_systems_and_systems_without_their_own_parts_are_refused():
         build(system="barleria", tuning="lora")
 
 
+@pytest.mark.parametrize(("system", "backbone"), [("barleria", "tiny-vit"), ("detris", "tiny-dino")])
+def test_the_other_systems_train_and_come_back(system, backbone, tmp_path):
+    """Their own tiny backbone is the default, their preset the size; the checkpoint says which system it is."""
+    command = ["--system", system, "--weights", "random", "--limit", "4", "--batch-size", "4", "--device", "cpu"]
+    train.main([*command, "--steps", "1", "--tuning", "bridger+lora", "--out", str(tmp_path)])
+    model = load_checkpoint(tmp_path / "best.pt")
+    assert (model.system, model.config["system"], model.config["backbone"]) == (system, system, backbone)
+    assert any("parametrizations" in name for name, _ in model.tuned())
+
+
+def test_a_systems_backbones_are_its_own():
+    with pytest.raises(UserError, match="choose one of ViT-B-16, tiny-vit"):
+        train.arguments(["--system", "barleria", "--backbone", "RN50"])
+    with pytest.raises(UserError, match="etris, barleria, detris"):
+        train.arguments(["--system", "sam"])
+
+
 def test_every_method_has_a_docstring_that_names_its_source():
     for name in ("adapter", "conv_adapter", "compacter", "lora", "coop", "bitfit"):
         assert any(year in getattr(tuning, name).__doc__ for year in ("2019", "2021", "2022")), name
