@@ -435,8 +435,8 @@ SIZES = {
     "ViT-B-16": Size(512, 224, 12, 768, 16, 512),
     "ViT-L-14": Size(768, 224, 24, 1024, 14, 768),
     "ViT-L-14-336px": Size(768, 336, 24, 1024, 14, 768),
-    "tiny": Size(128, 128, (1, 1, 1, 1), 16, None, 128, 3, 24),  # ours: pretrain.py made them, weights/ ships them
-    "tiny-vit": Size(128, 128, 6, 128, 16, 128, 3, 24),
+    "tiny": Size(128, 96, (1, 1, 1, 1), 16, None, 128, 3, 24),  # ours: pretrain.py made them, weights/ ships them
+    "tiny-vit": Size(128, 96, 6, 128, 16, 128, 3, 24),
 }
 
 

@@ -40,7 +40,7 @@ COLOURS = {
     "red": (215, 35, 40), "green": (35, 165, 65), "blue": (35, 80, 225), "yellow": (245, 225, 40),
     "orange": (255, 140, 20), "purple": (145, 50, 190), "white": (248, 248, 248), "black": (18, 18, 18),
 }  # fmt: skip
-RADII = {"large": (28, 32), "medium": (19, 22), "small": (13, 15)}  # pixels
+RADII = {"large": (34, 39), "medium": (23, 27), "small": (16, 18)}  # pixels
 SIZE_WORDS = {"large": ("big", "large"), "medium": (), "small": ("small",)}
 ENDS = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
@@ -133,7 +133,7 @@ def plan_scene(flavour, split, index):
     """The `Plan` of that index: all but the painting, for those who need only the words."""
     rng = np.random.default_rng(_seed(flavour, split, index))
     while True:  # a scene of which nothing unique can be said is drawn anew
-        things = _draw_things(rng, split)
+        things = draw_things(rng, split)
         target = int(rng.random() * len(things))
         said = _Speaker(rng, things, target).say(flavour) if _worth_asking(things, things[target], split) else None
         if said:
@@ -158,7 +158,7 @@ def _pick(rng, options):
     return options[int(rng.random() * len(options))]
 
 
-def _draw_things(rng, split):
+def draw_things(rng, split):
     """Three to eight things (crowd: ten to fifteen) of a few shapes and colours, so that most share some."""
     crowd, numbers = split == "test-crowd", split == "test-numbers"
     shapes = [_pick(rng, SHAPES) for _ in range(1 if numbers else _pick(rng, (2, 3)))]
