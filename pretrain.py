@@ -73,7 +73,7 @@ def batch(count, side, seed, ripe=1.0):
 
 
 class Captions(torch.utils.data.Dataset):
-    """Batch number i of the run: pictures and captions follow from the seed and i. No seed is 0: that one is held back."""
+    """Batch number i of the run, all of it from the seed and i; seed 0 of `batch` is held back for `retrieval`."""
 
     def __init__(self, steps, size, side, seed):
         self.steps, self.size, self.side, self.seed = steps, size, side, seed
