@@ -8,12 +8,15 @@ lesson.maps([before, after], ["without", "with"], label="cosine")      several m
 lesson.check("02 attention shape", ...)                                "not yet", or yours beside the expected
 """
 
+import io
 import textwrap
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from answers import EXERCISES
+from IPython.display import Image, display
+from PIL import Image as PIL
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito's, for every eye
 plt.rcParams |= {"figure.dpi": 80, "font.size": 9, "image.interpolation": "nearest"}
@@ -89,6 +92,14 @@ def short(x) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
+def show(figure):
+    """Put a figure below the cell, in 200 colours: drawn scenes are full of noise, which makes full PNGs large."""
+    figure.savefig(file := io.BytesIO(), format="png", bbox_inches="tight")
+    plt.close(figure)
+    PIL.open(file).convert("RGB").quantize(200, dither=PIL.Dither.NONE).save(file := io.BytesIO(), "PNG", optimize=True)
+    display(Image(file.getvalue()))
+
+
 def grid(count, columns=None, side=2.2, **more):
     """`count` axes without ticks, `columns` in a row (all of them, where it is not said), and their figure."""
     columns = columns or count
@@ -113,13 +124,13 @@ def outline(axis, mask):
 
 def pictures(pictures, titles, masks=None, columns=None, side=2.2):
     """Pictures (H, W, 3) side by side, each with its mask (H, W) outlined where one is given."""
-    _, axes = grid(len(pictures), columns, side)
+    figure, axes = grid(len(pictures), columns, side)
     for axis, picture, text, mask in zip(axes, pictures, titles, masks or [None] * len(axes), strict=True):
         axis.imshow(picture)
         title(axis, text)
         if mask is not None:
             outline(axis, mask)
-    plt.show()
+    show(figure)
 
 
 def maps(maps, titles, label="", scale=None, signed=False, columns=None, side=2.2, picture=None, masks=None):
@@ -140,7 +151,7 @@ def maps(maps, titles, label="", scale=None, signed=False, columns=None, side=2.
         if masks is not None:
             outline(axis, masks[i])
     figure.colorbar(drawn, ax=axes, label=label, shrink=0.8, pad=0.01)
-    plt.show()
+    show(figure)
 
 
 def pca_colours(features):
