@@ -44,7 +44,35 @@ CLIP = {
         (13, "13 each way: that many rows, and as many columns"),
         (170, "the mean token is left out: only places are compared"))),
 }  # fmt: skip
-BRIDGER = {}
+def zoomed(v, weight, shift=0):
+    """A 2 × 2 convolution with stride 2; with a shift, of the patches beside the right ones."""
+    return F.conv2d(v.roll(shift, -1)[None], weight, stride=2)[0]
+
+
+def one_head(q, k, v, scale=True, over=-1):
+    """softmax(q kᵀ / √d) v, with two mistakes to choose from."""
+    return (q @ k.mT * (q.shape[-1] ** -0.5 if scale else 1)).softmax(over) @ v
+
+
+BRIDGER = {
+    "02 zoom count": Exercise(524_288, (
+        (131_072, "a kernel of 2 × 2 has four cells: times 4"),
+        (524_352, "there is no bias"))),
+    "02 zoom in": Exercise(zoomed, (
+        (lambda v, weight: F.conv2d(v[None], weight)[0], "patches must not overlap: go in steps of 2"),
+        (lambda v, weight: zoomed(v, weight, 1), "the first patch starts at row 0, column 0")),
+        ((dice(3, 4, 4), dice(5, 3, 2, 2, seed=1)), (dice(2, 4, 6), dice(3, 2, 2, 2, seed=2)))),
+    "02 attention": Exercise(one_head, (
+        (lambda q, k, v: one_head(q, k, v, scale=False), "divide the scores by √d, or the softmax gets too sharp"),
+        (lambda q, k, v: one_head(q, k, v, over=0), "each asking place's weights add up to 1: softmax over the keys")),
+        ((dice(4, 8), dice(5, 8, seed=1), dice(5, 8, seed=2)), (dice(5, 2), dice(3, 2, seed=3), dice(3, 2, seed=4)))),
+    "02 attention shape": Exercise((4, 17, 676), (
+        ((4, 676, 17), "that is the other one, in which places ask words"),
+        ((4, 17, 26), "26 × 26 places are asked"))),
+    "02 not causal": Exercise(set(range(8)), (
+        ({6, 7}, "so it is without the Bridger; its attention among words is not causal"),
+        ({6}, "attention mixes words: the change travels"))),
+}  # fmt: skip
 DECODER = {}
 FIGURE_3 = {}
 TRAINED = {}
