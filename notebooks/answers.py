@@ -5,6 +5,7 @@ a function is to be written, `right` is one, and `on` lists the arguments both a
 """
 
 from dataclasses import dataclass
+from math import log, log2
 
 import torch
 import torch.nn.functional as F
@@ -73,10 +74,50 @@ BRIDGER = {
         ({6, 7}, "so it is without the Bridger; its attention among words is not causal"),
         ({6}, "attention mixes words: the change travels"))),
 }  # fmt: skip
-DECODER = {}
+def object_loss(z, mask):
+    """Equations 10 and 11 on one picture."""
+    return F.binary_cross_entropy_with_logits(z, mask)
+
+
+TWO_PICTURES = ((dice(3, 3), (dice(3, 3, seed=1) > 0).float()), (3 * dice(2, 5), (dice(2, 5, seed=2) > 1).float()))
+GATE = tuple((dice(d), dice(d, d, seed=1), dice(d, seed=2), dice(d, d, seed=3), dice(d, seed=4)) for d in (3, 6))
+DECODER = {
+    "03 never learn": Exercise(394_752, (
+        (393_216, "queries and keys have biases too"),
+        (197_376, "both what makes queries and what makes keys: twice that"))),
+    "03 gate": Exercise(lambda s, wv, bv, wo, bo: wo @ (wv @ s + bv) + bo, (
+        (lambda s, wv, bv, wo, bo: wo @ (wv @ s) + bo, "the value has a bias"),
+        (lambda s, wv, bv, wo, bo: wv @ (wo @ s + bo) + bv, "value first, then output")), GATE),
+    "03 kernel count": Exercise(2305, (
+        (2304, "the last number written is the bias"),
+        (4609, "512 is the decoder's width, the projector halves it"))),
+    "03 loss": Exercise(object_loss, (
+        (lambda z, mask: F.binary_cross_entropy_with_logits(z, mask, reduction="sum"), "equation 10 is the mean"),
+        (lambda z, mask: -(mask * z.sigmoid().log()).mean(), "the places beside the object count too")), TWO_PICTURES),
+    "03 target": Exercise(0.75, (
+        (0, "that is the authors' target, the top-left pixel"),
+        (1, "not the majority: the mean of the 16 pixels"))),
+}  # fmt: skip
 FIGURE_3 = {}
 TRAINED = {}
-TRAINING = {}
+TRAINING = {
+    "06 first loss": Exercise(log(2), (
+        (0.5, "½ is the probability; its loss is −log ½"),
+        (1.0, "that is log₂; the code takes natural logarithms"))),
+    "06 blind loss": Exercise(lambda p: -(p * log(p) + (1 - p) * log(1 - p)), (
+        (lambda p: -log(p), "only the object's pixels pay −log p; the others pay −log(1 − p)"),
+        (lambda p: -(p * log2(p) + (1 - p) * log2(1 - p)), "natural logarithms, as in the code")),
+        ((0.06,), (0.5,), (0.2,))),
+    "06 two metrics": Exercise([910 / 11, 50.0], (
+        ([50.0, 910 / 11], "the other way round: mIoU is the mean of 90 and 10"),
+        ([0.8273, 0.5], "in percent"))),
+    "06 standard error": Exercise(28 / 3811**0.5, (
+        (28 / 3811, "divide by the square root of their number"),
+        (28.0, "that is how far one object lies from the mean, not the mean from another mean"))),
+    "06 seeds": Exercise(6, (
+        (3, "both sides have a spread: 2/n, not 1/n"),
+        (2, "one standard error is not enough: twice that"))),
+}  # fmt: skip
 FAILURES = {}
 BEYOND = {}
 
