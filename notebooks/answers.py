@@ -7,6 +7,7 @@ a function is to be written, `right` is one, and `on` lists the arguments both a
 from dataclasses import dataclass
 from math import log, log2
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -45,6 +46,8 @@ CLIP = {
         (13, "13 each way: that many rows, and as many columns"),
         (170, "the mean token is left out: only places are compared"))),
 }  # fmt: skip
+
+
 def zoomed(v, weight, shift=0):
     """A 2 × 2 convolution with stride 2; with a shift, of the patches beside the right ones."""
     return F.conv2d(v.roll(shift, -1)[None], weight, stride=2)[0]
@@ -74,6 +77,8 @@ BRIDGER = {
         ({6, 7}, "so it is without the Bridger; its attention among words is not causal"),
         ({6}, "attention mixes words: the change travels"))),
 }  # fmt: skip
+
+
 def object_loss(z, mask):
     """Equations 10 and 11 on one picture."""
     return F.binary_cross_entropy_with_logits(z, mask)
@@ -98,8 +103,66 @@ DECODER = {
         (0, "that is the authors' target, the top-left pixel"),
         (1, "not the majority: the mean of the 16 pixels"))),
 }  # fmt: skip
-FIGURE_3 = {}
-TRAINED = {}
+
+
+def jump_across(feature, inside):
+    """Mean distance of horizontal neighbours of which exactly one is inside."""
+    jumps = (feature[:, :, 1:] - feature[:, :, :-1]).norm(dim=0)
+    return jumps[inside[:, 1:] != inside[:, :-1]].mean()
+
+
+def paired_gain(a, b):
+    """Mean of the differences and its standard error."""
+    gains = np.asarray(a, float) - np.asarray(b, float)
+    return gains.mean(), gains.std(ddof=1) / len(gains) ** 0.5
+
+
+def unpaired_gain(a, b):
+    return np.mean(a) - np.mean(b), (np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b)) ** 0.5
+
+
+RUNS = ((np.array([60.0, 10, 90, 40]), np.array([55.0, 0, 88, 41])), (np.array([5.0, 7, 30]), np.array([9.0, 0, 10])))
+FIGURE_3 = {
+    "04 different maps": Exercise((1, 4), (
+        ((4, 4), "without the Bridger no sentence reaches the picture's encoder"),
+        ((1, 1), "with the Bridger every sentence changes the map"))),
+    "04 edge": Exercise(jump_across, (
+        (lambda feature, inside: feature.diff(dim=2).norm(dim=0).mean(), "only the pairs that cross the edge"),
+        (lambda feature, inside: feature.diff(dim=2).abs().sum(0)[inside[:, 1:] != inside[:, :-1]].mean(),
+         "Euclidean: the root of the sum of squares over channels")),
+        ((dice(4, 3, 5), dice(3, 5, seed=1) > 0), (dice(2, 6, 6), dice(6, 6, seed=2) > 1))),
+    "04 paired gain": Exercise(paired_gain, (
+        (unpaired_gain, "take the differences first: what makes a sentence hard for both drops out"),
+        (lambda a, b: ((a - b).mean(), (a - b).std(ddof=1)), "the error of a mean of n is smaller by √n")), RUNS),
+    "04 last bridge": Exercise(0, (
+        (1, "the bridge stands behind the last stage; only the head follows"),
+        (3, "a bridge changes what comes behind it"))),
+}  # fmt: skip
+
+
+def is_frozen(before, after):
+    """Whether two state dicts hold the same names and the same bits."""
+    return before.keys() == after.keys() and all(torch.equal(x, after[name]) for name, x in before.items())
+
+
+BN = {"bn.weight": torch.ones(2), "bn.running_mean": torch.zeros(2)}
+MOVED, NEARLY = BN | {"bn.running_mean": torch.ones(2)}, BN | {"bn.weight": torch.ones(2) + 1e-5}
+TRAINED = {
+    "05 share": Exercise(100 * 26_186_305 / 145_874_338, (
+        (100 * 1_942_080 / 145_874_338, "the decoder learns too"),
+        (100 * 1_942_080 / 56_259_936, "that is the Bridger against the image encoder alone, nearly the headline"))),
+    "05 BatchNorm": Exercise({"running_mean", "running_var", "num_batches_tracked"}, (
+        ({"weight", "bias"}, "these two need an optimizer; the statistics move by themselves"),
+        ({"running_mean", "running_var"}, "the counter moves too: a fingerprint sees it"))),
+    "05 is frozen": Exercise(is_frozen, (
+        (lambda a, b: all(torch.equal(a[n], b[n]) for n in a if n.endswith(("weight", "bias"))),
+         "buffers belong to it: running statistics move without any gradient"),
+        (lambda a, b: all(torch.allclose(a[n], b[n], atol=1e-3) for n in a), "bit for bit: nearly is not frozen")),
+        ((BN, dict(BN)), (BN, MOVED), (BN, NEARLY))),
+    "05 LoRA": Exercise(4096, (
+        (262_144, "that is the whole weight; A and B alone learn"),
+        (2048, "A and B: two of them"))),
+}  # fmt: skip
 TRAINING = {
     "06 first loss": Exercise(log(2), (
         (0.5, "½ is the probability; its loss is −log ½"),
@@ -118,7 +181,39 @@ TRAINING = {
         (3, "both sides have a spread: 2/n, not 1/n"),
         (2, "one standard error is not enough: twice that"))),
 }  # fmt: skip
-FAILURES = {}
+
+
+def swap(sentence, pairs=(("left", "right"),)):
+    """Words exchanged inside longer words too."""
+    for a, b in pairs:
+        sentence = sentence.replace(a, "\0").replace(b, a).replace("\0", b)
+    return sentence
+
+
+def lowest(rows, n, key=lambda row: (row["IoU"], -row["U"])):
+    return [row["sentence"] for row in sorted(rows, key=key)[:n]]
+
+
+ROWS = [{"sentence": name, "IoU": found, "U": union} for name, found, union in
+        (("the star", 40.0, 50), ("left ring", 0.0, 80), ("the 7", 91.0, 300), ("red one", 0.0, 200))]  # fmt: skip
+FAILURES = {
+    "07 chance": Exercise((1 / 3 + 1 / 4 + 1 / 5) / 3, (
+        (0.25, "the mean of 1/3, 1/4 and 1/5, not 1 over the mean of 3, 4 and 5"),
+        (0.1, "it picks among the digits in the picture, not among all ten"))),
+    "07 swap": Exercise(swap, (
+        (lambda sentence: sentence.replace("left", "right").replace("right", "left"),
+         "the second replacement undoes the first"),
+        (lambda sentence: " ".join({"left": "right", "right": "left"}.get(word, word) for word in sentence.split()),
+         "leftmost and rightmost too")),
+        (("left ring",), ("the rightmost star",), ("the ring to the right of the left star",), ("the blue one",))),
+    "07 nothing there": Exercise([0.0, 100.0], (
+        ([0.0, 0.0], "0 / 0 counts as 1 here: nothing was to be found, and nothing was"),
+        ([100.0, 0.0], "the other way round"))),
+    "07 worst": Exercise(lowest, (
+        (lambda rows, n: lowest(rows, n, lambda row: (-row["IoU"], -row["U"])), "those are the best"),
+        (lambda rows, n: lowest(rows, n, lambda row: row["IoU"]), "where two are equal, the larger U first")),
+        ((ROWS, 2), (ROWS, 3))),
+}  # fmt: skip
 BEYOND = {}
 
 EXERCISES = CLIP | BRIDGER | DECODER | FIGURE_3 | TRAINED | TRAINING | FAILURES | BEYOND

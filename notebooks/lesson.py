@@ -166,3 +166,8 @@ def pca_colours(features):
     low, high = torch.cat(shown).quantile(0.01, dim=0), torch.cat(shown).quantile(0.99, dim=0)
     return [((x - low) / (high - low)).clamp(0, 1).unflatten(0, f.shape[1:]).numpy()
             for x, f in zip(shown, features, strict=True)]  # fmt: skip
+
+
+def spotlight(picture, mask):
+    """The picture (H, W, 3) with all but the mask (H, W) darkened, whatever colours are in it: 0 … 1."""
+    return np.asarray(picture) / 255 * np.where(mask, 1, 0.35)[..., None]
