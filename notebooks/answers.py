@@ -214,6 +214,42 @@ FAILURES = {
         (lambda rows, n: lowest(rows, n, lambda row: row["IoU"]), "where two are equal, the larger U first")),
         ((ROWS, 2), (ROWS, 3))),
 }  # fmt: skip
-BEYOND = {}
+def label_iou(predicted, truth, classes):
+    return np.mean([((predicted == c) & (truth == c)).sum() / ((predicted == c) | (truth == c)).sum() for c in classes])
+
+
+def bounds(mask, behind=1):
+    """left, top, right, bottom of a mask (H, W); behind=0 names its last column and row."""
+    ys, xs = np.nonzero(mask)
+    return [xs.min(), ys.min(), xs.max() + behind, ys.max() + behind]
+
+
+def most_pixels(maps, names, threshold):
+    return names[int((np.asarray(maps) > threshold).sum((1, 2)).argmax())]
+
+
+LABELS = np.array([[0, 0, 1], [0, 2, 2], [2, 2, 2]]), np.array([[0, 1, 1], [0, 2, 2], [0, 2, 2]])
+MASK = np.array([[0, 0, 0, 0], [0, 1, 1, 0], [0, 0, 1, 0]], bool)
+SURE = np.array([[[0.9, 0.9], [0.0, 0.0]], [[0.4, 0.4], [0.4, 0.0]], [[0.3, 0.3], [0.3, 0.3]]])
+BEYOND = {
+    "08 letterbox": Exercise(278, (
+        (416, "the longer side fills the square, the shorter one does not: nothing is stretched"),
+        (427, "the picture is made smaller by 416 / 640"))),
+    "08 mean IoU": Exercise(label_iou, (
+        (lambda predicted, truth, classes: (predicted == truth).mean(), "that is the share of right pixels"),
+        (lambda predicted, truth, classes: np.mean([(predicted[truth == c] == c).mean() for c in classes]),
+         "divide by the union: pixels wrongly given to a class count, too")),
+        ((*LABELS, (0, 1, 2)), (*LABELS, (1, 2)))),
+    "08 box": Exercise(bounds, (
+        (lambda mask: bounds(mask, 0), "right and bottom are the first column and row behind the mask"),
+        (lambda mask: [bounds(mask)[i] for i in (1, 0, 3, 2)], "columns first: left, top, right, bottom")),
+        ((MASK,), (MASK.T,))),
+    "08 classify": Exercise(most_pixels, (
+        (lambda maps, names, threshold: names[int(np.asarray(maps).mean((1, 2)).argmax())],
+         "count the pixels over the threshold"),
+        (lambda maps, names, threshold: names[int(np.asarray(maps).max((1, 2)).argmax())],
+         "the surest pixel is not the largest mask")),
+        ((SURE, ["star", "ring", "heart"], 0.35), (SURE, ["star", "ring", "heart"], 0.25))),
+}  # fmt: skip
 
 EXERCISES = CLIP | BRIDGER | DECODER | FIGURE_3 | TRAINED | TRAINING | FAILURES | BEYOND

@@ -48,7 +48,7 @@ def run(answer, exercise):
 
 def unfinished(answer) -> bool:
     """Whether a `...` is left in it."""
-    return answer is ... or (isinstance(answer, (list, tuple)) and any(part is ... for part in answer))
+    return answer is ... or (isinstance(answer, (list, tuple)) and any(unfinished(part) for part in answer))
 
 
 def report(name, yours, expected, exercise) -> bool:
@@ -61,7 +61,7 @@ def report(name, yours, expected, exercise) -> bool:
 
 
 def difference(yours, expected) -> str | None:
-    """None where they agree (numbers to a thousandth of the largest), otherwise what is different, in words."""
+    """None where they agree (whole numbers exactly, others to a thousandth), otherwise what is different, in words."""
     if isinstance(expected, str):
         return None if str(yours).strip().lower() == expected.lower() else "another word was expected"
     if isinstance(expected, set):
@@ -70,7 +70,7 @@ def difference(yours, expected) -> str | None:
         found = [difference(*pair) for pair in zip(yours, expected, strict=True)]
         return next((f"try number {i}: {one}" for i, one in enumerate(found, 1) if one), None)
     try:
-        return apart(*(np.asarray(torch.as_tensor(x).detach().cpu(), dtype=float) for x in (yours, expected)))
+        return apart(*(torch.as_tensor(x, dtype=torch.float64).detach().numpy() for x in (yours, expected)))
     except (TypeError, ValueError, RuntimeError):
         return f"{type(yours).__name__} cannot be compared with numbers"
 
@@ -80,7 +80,7 @@ def apart(a, b) -> str | None:
     if a.shape != b.shape:
         return f"of shape {a.shape}, expected is {b.shape}"
     worst = float(np.abs(a - b).max()) if a.size else 0.0
-    if worst <= 1e-3 * max(1e-6, float(np.abs(b).max())):
+    if worst <= (0 if np.array_equal(b, b.round()) else 1e-3 * float(np.abs(b).max())):  # whole numbers are counted
         return None
     return f"differs by up to {worst:.4g}" + ("" if a.ndim else f", too {'large' if a > b else 'small'}")
 
@@ -88,15 +88,18 @@ def apart(a, b) -> str | None:
 def short(x) -> str:
     """At most 200 characters of a value."""
     x = x.tolist() if isinstance(x, (torch.Tensor, np.ndarray)) and x.ndim == 0 else x
-    return textwrap.shorten(repr(x), 200, placeholder=" …")
+    with np.printoptions(precision=4, legacy="1.25"):  # without numpy's type around each number
+        return textwrap.shorten(repr(x), 200, placeholder=" …")
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
 def show(figure):
-    """Put a figure below the cell, in 200 colours: drawn scenes are full of noise, which makes full PNGs large."""
+    """Put a figure below the cell, in 256 colours: drawn scenes are full of noise, which makes full PNGs large."""
     figure.savefig(file := io.BytesIO(), format="png", bbox_inches="tight")
     plt.close(figure)
-    PIL.open(file).convert("RGB").quantize(200, dither=PIL.Dither.NONE).save(file := io.BytesIO(), "PNG", optimize=True)
+    PIL.open(file).convert("RGB").quantize(256, PIL.Quantize.MAXCOVERAGE, dither=PIL.Dither.NONE).save(
+        file := io.BytesIO(), "PNG", optimize=True
+    )
     display(Image(file.getvalue()))
 
 
@@ -127,7 +130,7 @@ def pictures(pictures, titles, masks=None, columns=None, side=2.2):
     figure, axes = grid(len(pictures), columns, side)
     for axis, picture, text, mask in zip(axes, pictures, titles, masks or [None] * len(axes), strict=True):
         axis.imshow(picture)
-        title(axis, text)
+        title(axis, text, int(12 * side))
         if mask is not None:
             outline(axis, mask)
     show(figure)
@@ -147,7 +150,7 @@ def maps(maps, titles, label="", scale=None, signed=False, columns=None, side=2.
         axis.imshow(one)
     for i, (axis, one, text) in enumerate(zip(axes[len(first) :], maps, titles, strict=True)):
         drawn = axis.imshow(one, vmin=low, vmax=high, cmap="PuOr_r" if signed else "viridis")
-        title(axis, text)
+        title(axis, text, int(12 * side))
         if masks is not None:
             outline(axis, masks[i])
     figure.colorbar(drawn, ax=axes, label=label, shrink=0.8, pad=0.01)
