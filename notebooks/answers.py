@@ -214,6 +214,8 @@ FAILURES = {
         (lambda rows, n: lowest(rows, n, lambda row: row["IoU"]), "where two are equal, the larger U first")),
         ((ROWS, 2), (ROWS, 3))),
 }  # fmt: skip
+
+
 def label_iou(predicted, truth, classes):
     return np.mean([((predicted == c) & (truth == c)).sum() / ((predicted == c) | (truth == c)).sum() for c in classes])
 
