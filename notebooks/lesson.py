@@ -61,7 +61,7 @@ def report(name, yours, expected, exercise) -> bool:
 
 
 def difference(yours, expected) -> str | None:
-    """None where they agree (whole numbers exactly, others to a thousandth), otherwise what is different, in words."""
+    """None where they agree (whole numbers to 0.0001, others to a thousandth), else the difference in words."""
     if isinstance(expected, str):
         return None if str(yours).strip().lower() == expected.lower() else "another word was expected"
     if isinstance(expected, set):
@@ -80,7 +80,7 @@ def apart(a, b) -> str | None:
     if a.shape != b.shape:
         return f"of shape {a.shape}, expected is {b.shape}"
     worst = float(np.abs(a - b).max()) if a.size else 0.0
-    if worst <= (0 if np.array_equal(b, b.round()) else 1e-3 * float(np.abs(b).max())):  # whole numbers are counted
+    if worst <= (1e-4 if np.array_equal(b, b.round()) else 1e-3 * float(np.abs(b).max())):  # whole numbers are counted
         return None
     return f"differs by up to {worst:.4g}" + ("" if a.ndim else f", too {'large' if a > b else 'small'}")
 
@@ -88,7 +88,7 @@ def apart(a, b) -> str | None:
 def short(x) -> str:
     """At most 200 characters of a value."""
     x = x.tolist() if isinstance(x, (torch.Tensor, np.ndarray)) and x.ndim == 0 else x
-    with np.printoptions(precision=4, legacy="1.25"):  # without numpy's type around each number
+    with np.printoptions(precision=4, legacy="1.21"):  # without numpy's type around each number
         return textwrap.shorten(repr(x), 200, placeholder=" …")
 
 
