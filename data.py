@@ -302,10 +302,10 @@ def epoch_batches(n, batch_size, seed, epoch) -> list[list[int]]:
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) < batch_size else batches
 
 
-def train_loader(train_set, batch_size, epoch, start=0, workers=0) -> DataLoader:
-    """The batches of one epoch from number `start` on."""
+def train_loader(train_set, batch_size, epoch, start=0, workers=0, share=slice(None)) -> DataLoader:
+    """The batches of one epoch from number `start` on; share: the items of each that one of several processes takes."""
     train_set.epoch = epoch
-    batches = epoch_batches(len(train_set), batch_size, train_set.seed, epoch)[start:]
+    batches = [b[share] for b in epoch_batches(len(train_set), batch_size, train_set.seed, epoch)[start:]]
     dice = torch.Generator().manual_seed(train_set.seed)  # its own, so that loading never moves the training's dice
     pin = torch.cuda.is_available()
     return DataLoader(train_set, batch_sampler=batches, num_workers=workers, pin_memory=pin, generator=dice)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from clip_model import UserError, command, tokenize
 from data import FLAVOURS, REFER, Box, TrainSet, letterbox, letterbox_mask, open_dataset, unletterbox
 from official import load_checkpoint, pick_device
+from parallel import ALONE
 from scenes import WORLD
 
 THRESHOLD = 0.35  # the original's, and that of CRIS before it
@@ -91,29 +92,31 @@ def predict_masks(model, batch, device, threshold, dtype) -> list[torch.Tensor]:
 
 @torch.inference_mode()
 def evaluate(model, source, device="cpu", *, limit=None, batch_size=32, threshold=THRESHOLD, dtype=None, workers=0,
-             progress=True, save_masks=None) -> tuple[dict, list[dict]]:  # fmt: skip
+             progress=True, save_masks=None, world=ALONE) -> tuple[dict, list[dict]]:  # fmt: skip
     """Every sentence of the first `limit` objects -> (result, one row per sentence).
 
     result: summarise's numbers, counts and protocol; row: ref_id, sent_id, sentence, I, U, IoU in percent; of scenes
     also kind, objects, occlusion, and where a sentence names a digit, that digit and the thing found.
     dtype: of autocast, None for none; save_masks: a folder. The model returns to the mode, train or eval, it had.
+    world: the processes that share the work, an object each once; all get the whole answer.
     """
-    objects = source if limit is None else Subset(source, range(min(limit, len(source))))
-    loader = DataLoader(EvalSet(objects, model.size, model.words), batch_size=None, num_workers=workers)
-    was_training, rows, images, cut = model.training, [], set(), 0
+    count = len(source) if limit is None else min(limit, len(source))
+    objects = EvalSet(Subset(source, world.part(count)), model.size, model.words)
+    loader = DataLoader(objects, batch_size=None, num_workers=workers)
+    was_training, rows, seen = model.training, [], []
     model.eval()
     try:
         for batch in sentence_batches(tqdm(loader, "evaluate", disable=not progress, leave=False), batch_size):
             masks = predict_masks(model, batch, device, threshold, dtype)
             for (item, k), mask in zip(batch, masks, strict=True):
-                images.add(item["image_id"])
-                cut += int(item["cut"][k])
+                seen.append((item["image_id"], int(item["cut"][k])))
                 rows.append(score(item, k, mask))
                 if save_masks:
                     write_picture(Path(save_masks, f"{item['ref_id']}_{item['sent_ids'][k]}.png"), mask.cpu().numpy())
     finally:
         model.train(was_training)
-    counts = {"sentences": len(rows), "refs": len(objects), "images": len(images), "cut": cut}
+    rows, (images, cut) = world.gather(rows), zip(*world.gather(seen), strict=True)
+    counts = {"sentences": len(rows), "refs": count, "images": len(set(images)), "cut": sum(cut)}
     protocol = {"threshold": threshold, "resolution": "original", "policy": "every sentence", "size": model.size}
     where = {"dataset": source.name, "split": source.split, "words": model.words}
     return summarise([row["I"] for row in rows], [row["U"] for row in rows]) | counts | protocol | where, rows

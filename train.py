@@ -2,6 +2,7 @@
 
     python train.py                                              tiny CLIP, drawn scenes, a laptop
     python train.py --backbone RN101 --dataset refcoco --data DIR       the paper's run (section 4.2) on one GPU
+    torchrun --nproc_per_node N train.py …                              the same run on N GPUs (parallel.py)
 
 OUT holds args.json, log.jsonl (first line: provenance), last.pt, best.pt, curves.png, predictions_<epoch>.png and
 result.json. A checkpoint holds tuned tensors and what `--resume` needs to go on exactly; never the frozen ones.
@@ -24,8 +25,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
+import parallel
 from clip_model import HERE, SIZES, UserError, command
 from data import FLAVOURS, Source, TrainSet, epoch_batches, open_dataset, train_loader
 from etris import set_fast, text_to_pixel_loss
@@ -37,7 +40,7 @@ from tuning import METHODS, SYSTEMS, build
 PAPER = {"size": 416, "epochs": 50, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 64,
          "dropout": 0.1}  # fmt: skip
 TINY = {"size": 96, "epochs": 3, "batch_size": 16, "lr": 1.5e-3, "bridge_lr": 1.5e-3, "schedule": "cosine",
-        "width": 32, "dropout": 0.0}  # fmt: skip
+        "width": 32, "dropout": 0.0, "processes": 2}  # fmt: skip
 PRESETS = dict.fromkeys(SIZES, PAPER) | {"ViT-B-16": PAPER | {"bridge_lr": 1e-3}, "tiny": TINY, "tiny-vit": TINY}
 WORDS = {"refcocog-umd": 22, "refcocog-google": 22, "scenes-g": 22}  # 17 elsewhere (section 4.2)
 ENOUGH = {"val": 200, "test": 500}  # of drawn scenes, which have no end
@@ -50,7 +53,7 @@ def train_epoch(run, source, bar):
     args = run.args
     run.model.train()
     train_set = TrainSet(source, args.size, args.words, args.seed)
-    for batch in train_loader(train_set, args.batch_size, run.epoch, run.done, args.workers):
+    for batch in train_loader(train_set, args.batch_size, run.epoch, run.done, args.workers, run.world.share):
         run.busy = True  # a signal waits for the end of the step, so that what is saved is always a whole step
         loss, iou = step(run, batch)
         run.done, run.steps = run.done + 1, run.steps + 1
@@ -66,25 +69,46 @@ def train_epoch(run, source, bar):
 
 
 def step(run, batch):
-    """Forward and backward in `--accumulate` micro-batches, one update of what is tuned → loss and IoU (percent)."""
-    model, device, parts = run.model, run.device, min(run.args.accumulate, len(batch["image"]))
-    total, iou = 0.0, 0.0
-    for images, tokens, masks in zip(*(batch[key].chunk(parts) for key in ("image", "tokens", "mask")), strict=True):
-        images, tokens, masks = (x.to(device, non_blocking=True) for x in (images, tokens, masks))
-        with torch.autocast(device.type, run.dtype, enabled=run.dtype is not torch.float32):
-            logits = model(images.contiguous(memory_format=torch.channels_last), tokens)
-        loss = text_to_pixel_loss(logits, masks, nearest=model.align_corners) + model.extra_loss()
-        share = len(images) / len(batch["image"])
-        run.scaler.scale(loss * share).backward()
+    """Forward and backward in `--accumulate` micro-batches, one update of what is tuned → loss and IoU (percent).
+
+    batch: this rank's share of it. Loss, IoU and gradient are means over the whole batch: each rank's count by its
+    items, for shares may differ by one. Where one rank is told to stop, all stop after this step.
+    """
+    world, keys, total, iou = run.world, ("image", "tokens", "mask"), 0.0, 0.0
+    [count] = world.total(len(batch["image"]))
+    parts = list(zip(*(batch[key].chunk(min(run.args.accumulate, len(batch[key]))) for key in keys), strict=True))
+    for i, part in enumerate(parts):
+        images, tokens, masks = (x.to(run.device, non_blocking=True) for x in part)
+        with world.hold(run.objective, last=i == len(parts) - 1):
+            with torch.autocast(run.device.type, run.dtype, enabled=run.dtype is not torch.float32):
+                loss, logits = run.objective(images, tokens, masks)
+            share = len(images) / count
+            run.scaler.scale(loss * share * world.size).backward()  # the ranks' gradients are averaged: hence the size
         total, iou = total + loss.item() * share, iou + share * grid_iou(logits.detach(), masks)
+    total, iou, stop = world.total(total, iou, run.stop)
     if not math.isfinite(total):
-        where = f"step {run.steps} (rate {run.rate.get_last_lr()}, refs {batch['ref_id'].tolist()})"
-        raise UserError(f"the loss is {total} at {where}: lower --lr, or --amp off; the last checkpoint is kept")
+        where = f"step {run.steps} (rate {run.rate.get_last_lr()}, refs {world.gather(batch['ref_id'].tolist())})"
+        error = UserError(f"the loss is {total} at {where}: lower --lr, or --amp off; the last checkpoint is kept")
+        raise error if world.first else KeyboardInterrupt
+    run.stop = run.stop or stop > 0
     run.scaler.step(run.adam)
     run.scaler.update()
     run.adam.zero_grad()
     run.rate.step()
     return total, iou
+
+
+class Objective(nn.Module):
+    """Model and loss in one, so that what averages gradients over processes sees everything the loss hangs on."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images, tokens, masks):
+        logits = self.model(images.contiguous(memory_format=torch.channels_last), tokens)
+        loss = text_to_pixel_loss(logits, masks, nearest=self.model.align_corners)
+        return loss + self.model.extra_loss(), logits
 
 
 def grid_iou(logits, masks) -> float:
@@ -114,6 +138,7 @@ class Run:
         self.args, self.model, self.device, self.dtype, self.total = args, model, device, dtype, total
         self.out, self.epoch, self.done, self.steps, self.best, self.minutes = Path(args.out), 0, 0, 0, -1.0, 0.0
         self.totals, self.busy, self.stop = [0.0, 0.0], False, False
+        self.world, self.objective = parallel.World(), Objective(model)
         parts = {1.0: [], "bridger": []}  # a parameter's `pace` slows it down: CLIP's own, where they learn
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -125,6 +150,15 @@ class Run:
         self.rate = torch.optim.lr_scheduler.LambdaLR(self.adam, schedule(args.schedule, total))
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         self.start = time.time()
+
+    def join(self, world):
+        """Train as one rank of `world`. Dropout's dice are each rank's own; a resumed run throws the others' anew."""
+        self.world = world
+        if world.size > 1 and self.device.type == "cuda":
+            parallel.sync_batch_norm(self.model)
+        self.objective = world.wrap(Objective(self.model))
+        if not world.first:
+            torch.manual_seed(self.args.seed + 10**6 * world.rank + self.steps)
 
     def interrupt(self, *_):
         """Ctrl-C or SIGTERM: stop after the step that is running, at once elsewhere."""
@@ -183,7 +217,7 @@ def provenance(args, model) -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {"command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git.stdout.strip(),
             "torch": torch.__version__, "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {gpu}",
-            "seed": args.seed, "frozen": model.frozen.identity}  # fmt: skip
+            "seed": args.seed, "processes": args.processes, "frozen": model.frozen.identity}  # fmt: skip
 
 
 def report(model, source, device, dtype, reasons):
@@ -222,6 +256,7 @@ def arguments(argv):
     add("--dropout", type=float)
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
     add("--workers", type=int, default=None, metavar="N", help="loading processes (0 on a CPU, else 4)")
+    add("--processes", type=positive, metavar="N", help="that share each batch, on a CPU; for GPUs see torchrun")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--seed", type=int, default=0)
     add("--deterministic", action="store_true", help="the same run twice on one machine, slower on a GPU")
@@ -246,6 +281,7 @@ def complete(args):
     if args.lr is not None and not 0 < args.lr < 1:
         raise UserError(f"--lr {args.lr}: choose a rate between 0 and 1, such as {preset['lr']}")
     args.bridge_lr = preset["bridge_lr"] * ((args.lr or preset["lr"]) / preset["lr"])
+    args.processes = args.processes or min(preset.get("processes", 1), torch.get_num_threads())  # one thread each
     for key, value in preset.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -307,19 +343,24 @@ def resume(run):
 
 
 def validate(run, source):
+    """evaluate.py's numbers, every rank measuring its share with rank 0's parameters and BatchNorm statistics."""
+    run.world.copy_first(tensor for _, tensor in run.model.tuned())
     dtype = None if run.dtype is torch.float32 else run.dtype
     return evaluate(run.model, source, run.device, batch_size=2 * run.args.batch_size, dtype=dtype,
-                    workers=run.args.workers)[0]  # fmt: skip
+                    workers=run.args.workers, progress=run.world.first, world=run.world)[0]  # fmt: skip
 
 
 def fit(run, train_source, val_source):
     """Epochs until the steps are done; every one validated, logged, drawn and saved, the best by val mIoU apart."""
-    bar = tqdm(total=run.total, initial=run.steps, unit="step", desc="train", dynamic_ncols=True)
+    silent = not run.world.first
+    bar = tqdm(total=run.total, initial=run.steps, unit="step", desc="train", dynamic_ncols=True, disable=silent)
     while run.steps < run.total or run.done:
         start = time.time()
         loss, iou = train_epoch(run, train_source, bar)
         val = validate(run, val_source)
         run.epoch, run.done, run.totals = run.epoch + 1, 0, [0.0, 0.0]
+        if silent:
+            continue
         run.log(epoch=run.epoch, step=run.steps, loss=loss, train_IoU=iou, val=val, rate=run.rate.get_last_lr(),
                 seconds=round(time.time() - start, 1))  # fmt: skip
         tqdm.write(f"epoch {run.epoch}: loss {loss:.3f}, val oIoU {val['oIoU']:.1f} mIoU {val['mIoU']:.1f}")
@@ -333,7 +374,9 @@ def fit(run, train_source, val_source):
 
 
 def finish(run, source):
-    """best.pt on the test split → result.json, with the minutes of the whole run."""
+    """best.pt, read by the first rank and copied to all, on the test split → result.json, with the run's minutes."""
+    if not run.world.first:
+        return validate(run, source)
     restore_tuned(run.model, read_checkpoint(run.out / "best.pt"), run.out / "best.pt")
     minutes = run.minutes + (time.time() - run.start) / 60
     result = validate(run, source) | {"minutes": round(minutes, 2), "steps": run.steps}
@@ -341,6 +384,7 @@ def finish(run, source):
     numbers = "  ".join(f"{key} {result[key]:.2f}" for key in ("oIoU", "mIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9"))
     print(f"{source.name} {source.split}, {result['sentences']:,} sentences: {numbers}  ({minutes:.1f} minutes)")
     print(f"try it:  python predict.py {run.out / 'best.pt'} --image PICTURE --text SENTENCE")
+    return result
 
 
 def test_source(args, val_source):
@@ -381,9 +425,8 @@ def interruptible(run, advice="the same command goes on"):
             signal.signal(kind, handler)
 
 
-@command
-def main(argv=None):
-    args = arguments(argv)
+def prepare(args, world):
+    """The same in every process, and where a user's mistakes show → run, train and val sources."""
     seed_all(args.seed)
     torch.use_deterministic_algorithms(args.deterministic)
     device, why = pick_device(args.device)
@@ -392,18 +435,44 @@ def main(argv=None):
     train_source, val_source = open_sources(args)
     model = make_model(args, device)
     report(model, train_source, device, dtype, (why, why_dtype))
-    per_epoch = len(epoch_batches(len(train_source), args.batch_size, args.seed, 0))
+    batches = epoch_batches(len(train_source), args.batch_size, args.seed, 0)  # all of one length
+    if world.size > len(batches[0]):
+        raise UserError(f"{world.size} processes: a batch has {len(batches[0])} objects: start no more than that")
+    alone = min(args.processes, len(batches[0])) if device.type == "cpu" else 1
+    args.processes = world.size if world.size > 1 else alone
+    return Run(args, model, device, dtype, args.steps or args.epochs * len(batches)), train_source, val_source
+
+
+def follow(world, args):
+    """What a rank other than the first does: the same steps, and no file, no line, no picture."""
+    run, train_source, val_source = prepare(args, world)
+    if args.resume:
+        resume(run)
+    run.join(world)
+    fit(run, train_source, val_source)
+    finish(run, test_source(args, val_source))
+
+
+@command
+def main(argv=None):
+    args = arguments(argv)
+    world = parallel.torchrun(lambda: pick_device(args.device)[0])
+    if not world.first:
+        with parallel.following():
+            return follow(world, args)
+    run, train_source, val_source = prepare(args, world)
     prepare_folder(args)
-    run = Run(args, model, device, dtype, args.steps or args.epochs * per_epoch)
     if args.resume:
         resume(run)
     else:
-        run.log(**provenance(args, model))
+        run.log(**provenance(args, run.model))
     if args.overfit:
         print(f"the logit grid's ceiling: mIoU {grid_ceiling(val_source, args.size)['mIoU']:.1f}")
-    with interruptible(run, f"go on with --resume --out {run.out}"):
-        fit(run, train_source, val_source)
-    finish(run, test_source(args, val_source))
+    with parallel.companions(world, args.processes, follow, args) as world:
+        run.join(world)
+        with interruptible(run, f"go on with --resume --out {run.out}"):
+            fit(run, train_source, val_source)
+        finish(run, test_source(args, val_source))
 
 
 if __name__ == "__main__":

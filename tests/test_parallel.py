@@ -1,0 +1,168 @@
+"""4b. Several processes, one run: the same losses, gradients and numbers as one, and nobody stays behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_train import FAST, run, same
+
+import parallel
+import train
+from clip_model import HERE
+from evaluate import evaluate
+from official import read_checkpoint
+
+CASES = [(4, 1), (5, 1), (5, 2), (2, 2)]  # objects of a batch, micro-batches: equal and unequal shares, one each
+
+
+def gradients(world, out):
+    """By case: loss, IoU and all gradients of one step with BatchNorm in evaluation mode."""
+    args, found = train.arguments([*FAST, "--out", out, "--dropout", "0"]), []
+    source = train.open_sources(args)[0]
+    for objects, args.accumulate in CASES:
+        torch.manual_seed(world.rank)  # rank 0's parameters count
+        model = train.build("tiny", weights="random", size=64, dropout=0.0, width=32).eval()
+        state = train.Run(args, model, torch.device("cpu"), torch.float32, 10)
+        state.join(world)
+        state.adam.zero_grad = lambda: None  # keep what has been added up
+        loader = train.train_loader(train.TrainSet(source, 64, 17), objects, 0, share=world.share)
+        numbers = train.step(state, next(iter(loader)))
+        grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append((torch.tensor(numbers), torch.cat(grads)))
+    return found
+
+
+def scores(world):
+    """evaluate's whole answer for seven scenes, on a model with BatchNorm statistics that only rank 0 has."""
+    torch.manual_seed(world.rank)
+    model = train.build("tiny", weights="random", size=64, width=32)
+    model.hierarchical.merge[1].running_mean.fill_(world.rank)
+    world.copy_first(tensor for _, tensor in model.tuned())
+    source = train.open_dataset("scenes", "val", limit=7, side=64)
+    return evaluate(model, source, progress=False, threshold=0.5, world=world)
+
+
+def both(world, out):
+    return gradients(world, out), scores(world)
+
+
+@pytest.fixture(scope="module")
+def one_and_two(tmp_path_factory):
+    """What `both` gives in one process, and in the first of two."""
+    out = str(tmp_path_factory.mktemp("run"))
+    alone = both(parallel.ALONE, out)
+    with parallel.companions(parallel.ALONE, 2, both, out) as world:
+        assert (world.rank, world.size) == (0, 2)
+        together = both(world, out)
+    return alone, together
+
+
+def test_two_processes_give_the_loss_and_gradients_of_one(one_and_two):
+    """To 1e-5 of the largest, whether the shares are equal (2 + 2 of 4) or not (3 + 2 of 5), in micro-batches too."""
+    (alone, _), (together, _) = one_and_two
+    for (numbers, gradient), (numbers_of_two, gradient_of_two) in zip(alone, together, strict=True):
+        assert torch.allclose(numbers, numbers_of_two, rtol=1e-5)
+        assert (gradient - gradient_of_two).abs().max() <= 1e-5 * gradient.abs().max()
+        assert gradient.abs().max() > 0
+
+
+def test_evaluation_counts_every_object_once(one_and_two):
+    """Seven objects, three here and four there: the same rows in the same order, the same result."""
+    (_, (result, rows)), (_, (result_of_two, rows_of_two)) = one_and_two
+    same = ("ref_id", "sent_id", "sentence", "kind")
+    assert [[row[key] for key in same] for row in rows_of_two] == [[row[key] for key in same] for row in rows]
+    assert [row["I"] for row in rows_of_two] == pytest.approx([row["I"] for row in rows], abs=2)  # pixels at the edge
+    assert {key: result_of_two[key] for key in ("refs", "sentences", "images", "cut")} == {
+        "refs": 7, "sentences": len(rows), "images": result["images"], "cut": result["cut"]}  # fmt: skip
+    assert len({row["I"] for row in rows}) > 3 and result_of_two["mIoU"] == pytest.approx(result["mIoU"], abs=0.1)
+
+
+def test_shares_of_an_epoch_are_all_of_it_once():
+    worlds = [parallel.World(rank, 3) for rank in range(3)]
+    for batch in train.epoch_batches(20, 5, seed=0, epoch=1):
+        assert sorted(i for world in worlds for i in batch[world.share]) == sorted(batch)
+        assert min(len(batch[world.share]) for world in worlds) > 0
+    assert [i for world in worlds for i in world.part(7)] == list(range(7))
+
+
+def test_two_and_two_steps_are_four_in_two_processes(tmp_path, monkeypatch):
+    """A signal to the first stops both after the step; resumed, bit-identical. Then on with one process, and back."""
+    more = ("--steps", 4, "--processes", 2)
+    whole = run(tmp_path / "whole", *more)
+    real, calls = train.step, []
+
+    def interrupted(state, batch):
+        calls.append(len(batch["image"]))
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(state, batch)
+
+    monkeypatch.setattr(train, "step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "parts", *more)
+    assert stop.value.code == 130 and calls == [2, 2, 2]
+    assert read_checkpoint(tmp_path / "parts" / "last.pt")["training"]["steps"] == 3
+    assert same(whole, run(tmp_path / "parts", *more, "--resume"))
+    for processes, steps in ((1, 6), (2, 8)):
+        on = run(tmp_path / "parts", "--steps", steps, "--processes", processes, "--resume")
+        assert on["training"]["steps"] == steps
+    lines = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["processes"] == 2 and [line["step"] for line in lines[1:]] == [2, 4, 6, 8]
+
+
+def test_no_more_processes_than_objects_in_a_batch(tmp_path):
+    assert run(tmp_path, "--steps", 1, "--limit", 1, "--processes", 2)["args"]["processes"] == 1
+
+
+def start(out, *more, launcher=()):
+    command = [sys.executable, *launcher, str(HERE / "train.py"), *FAST, "--steps", "5000", "--out", str(out), *more]
+    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True)  # fmt: skip
+
+
+def wait_for(condition, seconds=90):
+    end = time.time() + seconds
+    while not condition() and time.time() < end:
+        time.sleep(0.2)
+    return condition()
+
+
+def group(process):
+    """Who lives in the process's session: it and its helpers."""
+    lines = subprocess.run(["ps", "-A", "-o", "pid=,pgid=,stat="], capture_output=True, text=True).stdout.splitlines()
+    return [pid for pid, pgid, state in map(str.split, lines) if int(pgid) == process.pid and state[0] != "Z"]
+
+
+@pytest.mark.parametrize("kind", ["INT", "KILL"])
+def test_nobody_stays_behind(kind, tmp_path):
+    """Ctrl-C, which a terminal sends to every process, saves and exits with 130; kill -9 of the first ends all."""
+    process = start(tmp_path / "run", "--processes", "2")
+    try:
+        assert wait_for((tmp_path / "run" / "last.pt").exists) and len(group(process)) > 1
+        if kind == "INT":
+            os.killpg(process.pid, signal.SIGINT)
+        else:
+            process.kill()
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == (130 if kind == "INT" else -9), errors
+        assert "Traceback" not in errors and wait_for(lambda: not group(process), 20)
+    finally:
+        for pid in group(process):
+            os.kill(int(pid), signal.SIGKILL)
+
+
+def test_torchrun_trains_one_run(tmp_path):
+    """Two gloo processes under torchrun: one folder, one log, and the number of processes in it."""
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
+    process = start(tmp_path / "run", "--steps", "2", launcher=launcher)
+    output, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    first, *epochs = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert first["processes"] == 2 and [line["step"] for line in epochs] == [2]
+    assert output.count("try it:") == 1
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["refs"] == 8
