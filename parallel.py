@@ -58,11 +58,8 @@ class World:
             tensor.copy_(whole)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module whose backward pass averages gradients over the ranks; each forward takes rank 0's buffers.
-
-        Some tensors get no gradient (a swapped part, CLIP's own under `full`), so the unused ones are looked for.
-        """
-        return DistributedDataParallel(module, find_unused_parameters=True) if self.size > 1 else module
+        """The module whose backward pass averages gradients over the ranks; each forward takes rank 0's buffers."""
+        return DistributedDataParallel(module) if self.size > 1 else module
 
     def hold(self, wrapped, last: bool):
         """Of several micro-batches only the last exchanges gradients: the sum of all."""

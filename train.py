@@ -217,7 +217,7 @@ def provenance(args, model) -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {"command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": git.stdout.strip(),
             "torch": torch.__version__, "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {gpu}",
-            "seed": args.seed, "processes": args.processes, "frozen": model.frozen.identity}  # fmt: skip
+            "seed": args.seed, "frozen": model.frozen.identity}  # fmt: skip
 
 
 def report(model, source, device, dtype, reasons):
@@ -465,7 +465,7 @@ def main(argv=None):
     if args.resume:
         resume(run)
     else:
-        run.log(**provenance(args, run.model))
+        run.log(**provenance(args, run.model), processes=args.processes)
     if args.overfit:
         print(f"the logit grid's ceiling: mIoU {grid_ceiling(val_source, args.size)['mIoU']:.1f}")
     with parallel.companions(world, args.processes, follow, args) as world:

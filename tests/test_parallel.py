@@ -1,5 +1,6 @@
 """4b. Several processes, one run: the same losses, gradients and numbers as one, and nobody stays behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -119,10 +120,18 @@ def test_no_more_processes_than_objects_in_a_batch(tmp_path):
     assert run(tmp_path, "--steps", 1, "--limit", 1, "--processes", 2)["args"]["processes"] == 1
 
 
-def start(out, *more, launcher=()):
-    command = [sys.executable, *launcher, str(HERE / "train.py"), *FAST, "--steps", "5000", "--out", str(out), *more]
-    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True)  # fmt: skip
+@contextlib.contextmanager
+def started(out, *more, launcher=()):
+    """train.py in a session of its own, of which nothing is left afterwards."""
+    command = [sys.executable, *launcher, str(HERE / "train.py"), *FAST, "--out", str(out), *more]
+    process = subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)  # fmt: skip
+    try:
+        yield process
+    finally:
+        for pid in session(process):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
 
 
 def wait_for(condition, seconds=90):
@@ -132,37 +141,52 @@ def wait_for(condition, seconds=90):
     return condition()
 
 
-def group(process):
-    """Who lives in the process's session: it and its helpers."""
-    lines = subprocess.run(["ps", "-A", "-o", "pid=,pgid=,stat="], capture_output=True, text=True).stdout.splitlines()
-    return [pid for pid, pgid, state in map(str.split, lines) if int(pgid) == process.pid and state[0] != "Z"]
+def session(process) -> list[int]:
+    """Who lives in the process's session: itself, its helpers, their helpers."""
+    lines = subprocess.run(["ps", "-A", "-o", "pid=,sess=,stat="], capture_output=True, text=True).stdout.splitlines()
+    return [int(pid) for pid, leader, state in map(str.split, lines) if leader == str(process.pid) and state[0] != "Z"]
 
 
 @pytest.mark.parametrize("kind", ["INT", "KILL"])
 def test_nobody_stays_behind(kind, tmp_path):
     """Ctrl-C, which a terminal sends to every process, saves and exits with 130; kill -9 of the first ends all."""
-    process = start(tmp_path / "run", "--processes", "2")
-    try:
-        assert wait_for((tmp_path / "run" / "last.pt").exists) and len(group(process)) > 1
+    with started(tmp_path / "run", "--processes", "2", "--steps", "5000") as process:
+        assert wait_for((tmp_path / "run" / "last.pt").exists) and len(session(process)) > 1
         if kind == "INT":
             os.killpg(process.pid, signal.SIGINT)
         else:
             process.kill()
         errors = process.communicate(timeout=60)[1]
         assert process.returncode == (130 if kind == "INT" else -9), errors
-        assert "Traceback" not in errors and wait_for(lambda: not group(process), 20)
-    finally:
-        for pid in group(process):
-            os.kill(int(pid), signal.SIGKILL)
+        assert "Traceback" not in errors and wait_for(lambda: not session(process), 20)
+    assert kind == "KILL" or read_checkpoint(tmp_path / "run" / "last.pt")["training"]["steps"] >= 2
+
+
+def test_a_helper_that_dies_is_one_line(tmp_path):
+    with started(tmp_path / "run", "--processes", "2", "--steps", "5000") as process:
+        assert wait_for((tmp_path / "run" / "last.pt").exists)
+        command = subprocess.run(["ps", "-A", "-ww", "-o", "pid=,ppid=,args="], capture_output=True, text=True).stdout
+        helpers = [line.split() for line in command.splitlines() if "spawn_main" in line]
+        [helper] = [int(pid) for pid, parent, *_ in helpers if parent == str(process.pid)]
+        os.kill(helper, signal.SIGKILL)
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == 2 and "Traceback" not in errors
+        assert "a helper process ended early" in errors.splitlines()[-1]
 
 
 def test_torchrun_trains_one_run(tmp_path):
     """Two gloo processes under torchrun: one folder, one log, and the number of processes in it."""
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0")
-    process = start(tmp_path / "run", "--steps", "2", launcher=launcher)
-    output, errors = process.communicate(timeout=180)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    with started(tmp_path / "run", "--steps", "2", launcher=launcher) as process:
+        output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     first, *epochs = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert first["processes"] == 2 and [line["step"] for line in epochs] == [2]
     assert output.count("try it:") == 1
     assert json.loads((tmp_path / "run" / "result.json").read_text())["refs"] == 8
+
+
+def test_a_users_mistake_is_found_before_helpers_start(tmp_path):
+    with started(tmp_path / "run", "--processes", "2", "--weights", "nowhere.pt") as process:
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and errors.count("\n") == 1 and "nowhere.pt" in errors

@@ -15,7 +15,8 @@ import train
 from clip_model import HERE, UserError
 from official import load_checkpoint, read_checkpoint
 
-FAST = ["--weights", "random", "--limit", "8", "--batch-size", "4", "--device", "cpu", "--size", "64"]
+FAST = ["--weights", "random", "--limit", "8", "--batch-size", "4", "--device", "cpu", "--size", "64",
+        "--processes", "1"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +173,7 @@ def test_the_real_sample_trains_and_every_split_is_evaluated(refer_sample, tmp_p
     from evaluate import main as evaluate
 
     train.main([*FAST[:2], "--dataset", "refcoco", "--data", str(refer_sample), "--size", "64", "--steps", "2",
-                "--batch-size", "8", "--out", str(tmp_path / "a")])  # fmt: skip
+                "--batch-size", "8", "--processes", "1", "--out", str(tmp_path / "a")])  # fmt: skip
     sets = [("refcoco", "val"), ("refcoco", "testA"), ("refcoco", "testB"), ("refcocog-google", "val")]
     for name, split in sets:
         evaluate([str(tmp_path / "a" / "best.pt"), "--dataset", name, "--split", split, "--data", str(refer_sample),

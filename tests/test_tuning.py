@@ -274,7 +274,7 @@ def test_a_checkpoint_rebuilds_the_model(how, tmp_path):
 
 def test_the_command_trains_and_resumes_joined_methods(tmp_path, capsys):
     command = ["--weights", "random", "--limit", "4", "--batch-size", "4", "--size", "64", "--device", "cpu",
-               "--out", str(tmp_path), "--tuning", "adapter+bridger"]  # fmt: skip
+               "--processes", "1", "--out", str(tmp_path), "--tuning", "adapter+bridger"]  # fmt: skip
     train.main([*command, "--steps", "1"])
     with pytest.raises(SystemExit):
         train.main([*command[:-1], "lora", "--steps", "1", "--resume"])
