@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from clip_model import UserError
 
@@ -137,6 +138,7 @@ def start_helpers(count, threads, follow, args):
 def helper(rank, count, port, threads, follow, args):
     """The whole life of a helper process."""
     threading.Thread(target=end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own is one of the system's, which a killed process leaves behind
     torch.set_num_threads(threads)
     with following():
         store = dist.TCPStore("127.0.0.1", port, count, False, timedelta(minutes=5))

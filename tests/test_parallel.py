@@ -158,7 +158,11 @@ def test_nobody_stays_behind(kind, tmp_path):
             process.kill()
         errors = process.communicate(timeout=60)[1]
         assert process.returncode == (130 if kind == "INT" else -9), errors
-        assert "Traceback" not in errors and wait_for(lambda: not session(process), 20)
+        assert (
+            "Traceback" not in errors
+            and "resource_tracker" not in errors
+            and wait_for(lambda: not session(process), 20)
+        )
     assert kind == "KILL" or read_checkpoint(tmp_path / "run" / "last.pt")["training"]["steps"] >= 2
 
 
