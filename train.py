@@ -39,8 +39,8 @@ from tuning import METHODS, SYSTEMS, build
 
 PAPER = {"size": 416, "epochs": 50, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 64,
          "dropout": 0.1}  # fmt: skip
-TINY = {"size": 96, "epochs": 3, "batch_size": 16, "lr": 1.5e-3, "bridge_lr": 1.5e-3, "schedule": "cosine",
-        "width": 32, "dropout": 0.0, "processes": 2}  # fmt: skip
+TINY = {"size": 96, "epochs": 5, "batch_size": 16, "lr": 1.5e-3, "bridge_lr": 1.5e-3, "schedule": "cosine",
+        "width": 32, "dropout": 0.0}  # fmt: skip
 PRESETS = dict.fromkeys(SIZES, PAPER) | {"ViT-B-16": PAPER | {"bridge_lr": 1e-3}, "tiny": TINY, "tiny-vit": TINY}
 WORDS = {"refcocog-umd": 22, "refcocog-google": 22, "scenes-g": 22}  # 17 elsewhere (section 4.2)
 ENOUGH = {"val": 200, "test": 500}  # of drawn scenes, which have no end
