@@ -137,8 +137,8 @@ def test_the_same_seed_gives_the_same_scene():
 def test_a_scene_of_today_is_a_scene_of_tomorrow():
     """One scene written down, so that a change of the generator is noticed (weights and results hang on it)."""
     plan = plan_scene("scenes", "test", 0)
-    assert plan.sentences == ("smallest diamond", "rightmost diamond")
-    assert [(t.shape, t.colour) for t in plan.things][plan.target] == ("diamond", "blue")
+    assert plan.sentences == ("bottom left red cross", "the small cross in the bottom left corner")
+    assert [(t.shape, t.colour) for t in plan.things][plan.target] == ("cross", "red")
 
 
 def test_no_scene_is_in_two_splits(plans):
@@ -193,7 +193,7 @@ def test_one_to_four_different_sentences_of_mixed_kinds(plans):
         kinds = Counter(kind for plan in mine for kind in plan.kinds)
         share = {kind: count / kinds.total() for kind, count in kinds.items()}
         wanted = {"attribute", "relation", "digit"} | ({"place", "order"} if flavour != "scenes+" else set())
-        assert set(share) == wanted and min(share.values()) > 0.05, share
+        assert set(share) == wanted and min(share.values()) > 0.03, share
         assert flavour == "scenes+" or share["place"] + share["order"] + share["relation"] >= 0.5
     for _, _, plan in plans:
         assert 1 <= len(plan.sentences) <= 4 and len(plan.sentences) == len(plan.kinds)
