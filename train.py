@@ -256,7 +256,7 @@ def arguments(argv):
     add("--dropout", type=float)
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
     add("--workers", type=int, default=None, metavar="N", help="loading processes (0 on a CPU, else 4)")
-    add("--processes", type=positive, metavar="N", help="that share each batch, on a CPU; for GPUs see torchrun")
+    add("--processes", type=positive, default=1, metavar="N", help="(1) that share a batch on a CPU; GPUs: torchrun")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--seed", type=int, default=0)
     add("--deterministic", action="store_true", help="the same run twice on one machine, slower on a GPU")
@@ -281,7 +281,6 @@ def complete(args):
     if args.lr is not None and not 0 < args.lr < 1:
         raise UserError(f"--lr {args.lr}: choose a rate between 0 and 1, such as {preset['lr']}")
     args.bridge_lr = preset["bridge_lr"] * ((args.lr or preset["lr"]) / preset["lr"])
-    args.processes = args.processes or min(preset.get("processes", 1), torch.get_num_threads())  # one thread each
     for key, value in preset.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
