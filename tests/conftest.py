@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from pycocotools import mask as coco
 from clip_model import tokenize
 
 HEIGHT, WIDTH = 30, 40
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits a deaf one, and its tests
 
 
 def rectangle(top, left, bottom, right):
