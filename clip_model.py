@@ -7,6 +7,7 @@ as a stem, three stages and a head. Parameter names are OpenAI's, so the officia
 B batch · L words · D text width · C channels · H W grid · N = H·W places
 """
 
+import argparse
 import functools
 import gzip
 import hashlib
@@ -32,16 +33,28 @@ class UserError(Exception):
     """What a user did wrong: one line that names the file or value and the way out."""
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are one line as all others are."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}: --help lists what there is\n")
+
+
 def command(main):
-    """Wrap a command's `main(argv=None)`: a UserError becomes one line on stderr and exit status 2, no traceback."""
+    """Wrap a command's `main(argv=None)`: a UserError becomes one line on stderr and exit status 2, no traceback.
+
+    So does what the system refuses, an OSError: a full disk, a read-only folder, a file that is gone.
+    """
 
     @functools.wraps(main)
     def run(argv=None):
         try:
             return main(argv)
-        except UserError as error:
-            line = str(error).strip().splitlines()[-1]  # from a loading process it comes with torch's traceback
-            print(f"error: {line.removeprefix('clip_model.UserError: ')}", file=sys.stderr)
+        except UserError as error:  # from a loading process it comes with torch's traceback
+            line = str(error).rpartition("clip_model.UserError: ")[2]
+        except OSError as error:
+            line = f"{error.filename or 'a file'}: {error.strerror or error}: check the path and the room on the disk"
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
         raise SystemExit(2)
 
     return run

@@ -6,7 +6,6 @@
 H W the picture's own height and width · S side of the square the model sees · L words · K sentences of one object
 """
 
-import argparse
 import contextlib
 import json
 import pickle
@@ -22,7 +21,7 @@ from pycocotools import mask as coco
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.transforms.v2.functional import resize
 
-from clip_model import PIXEL_MEAN, PIXEL_STD, UserError, command, tokenize
+from clip_model import PIXEL_MEAN, PIXEL_STD, Parser, UserError, command, tokenize
 from scenes import FLAVOURS, SPLITS, Scenes
 
 REFER = {"refcoco": "refcoco/refs(unc).p", "refcoco+": "refcoco+/refs(unc).p"}
@@ -313,7 +312,7 @@ def train_loader(train_set, batch_size, epoch, start=0, workers=0, share=slice(N
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Draw a contact sheet of a data set.")
+    parser = Parser(description="Draw a contact sheet of a data set.")
     add = parser.add_argument
     add("action", choices=["show"])
     add("dataset", help=", ".join([*FLAVOURS, *REFER, "or a FOLDER"]))

@@ -7,7 +7,6 @@ For each sentence I = |P ∩ G| and U = |P ∪ G|, P the pixels whose probabilit
 oIoU = ΣI / ΣU (large objects count more), mIoU = mean of I / U, Pr@X = share of sentences with I / U > X; in percent.
 """
 
-import argparse
 import contextlib
 import csv
 import io
@@ -24,7 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from clip_model import UserError, command, tokenize
+from clip_model import Parser, UserError, command, tokenize
 from data import FLAVOURS, REFER, Box, TrainSet, letterbox, letterbox_mask, open_dataset, unletterbox
 from official import load_checkpoint, pick_device
 from parallel import ALONE
@@ -103,10 +102,11 @@ def evaluate(model, source, device="cpu", *, limit=None, batch_size=32, threshol
     count = len(source) if limit is None else min(limit, len(source))
     objects = EvalSet(Subset(source, world.part(count)), model.size, model.words)
     loader = DataLoader(objects, batch_size=None, num_workers=workers)
+    bar = tqdm(loader, "evaluate", disable=not progress or None, leave=False)  # None: off where nobody looks
     was_training, rows, seen = model.training, [], []
     model.eval()
     try:
-        for batch in sentence_batches(tqdm(loader, "evaluate", disable=not progress, leave=False), batch_size):
+        for batch in sentence_batches(bar, batch_size):
             masks = predict_masks(model, batch, device, threshold, dtype)
             for (item, k), mask in zip(batch, masks, strict=True):
                 seen.append((item["image_id"], int(item["cut"][k])))
@@ -235,7 +235,7 @@ def table(result) -> str:
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Measure a checkpoint, this project's or a published one.")
+    parser = Parser(description="Measure a checkpoint, this project's or a published one.")
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT")
     add("--dataset", default="scenes", help=", ".join([*FLAVOURS, *REFER, "or a FOLDER (scenes)"]))

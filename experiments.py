@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from clip_model import CLIP, HERE, SIZES, UserError, command
+from clip_model import CLIP, HERE, SIZES, Parser, UserError, command
 from data import REFER
 from etris import assemble
 from evaluate import evaluate, group_scores, write_file
@@ -496,7 +496,7 @@ TABLE3 = {
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("table", metavar="TABLE", help=", ".join([*TABLES, "counts"]))
     add("--seeds", type=train.positive, help="(3; question: 5)")

@@ -8,7 +8,6 @@
 H W the picture's own height and width, once upright · S the side of the model's square · K sentences
 """
 
-import argparse
 import io
 import json
 import textwrap
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from clip_model import UserError, command, tokenize
+from clip_model import Parser, UserError, command, tokenize
 from data import count_cut, letterbox, read_picture, to_rgb, unletterbox
 from evaluate import THRESHOLD, predict_probabilities, write_file, write_picture
 from official import load_checkpoint, pick_device
@@ -195,7 +194,7 @@ def plan(args) -> list[tuple]:
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Segment what sentences name in a picture, or in a folder of them.")
+    parser = Parser(description="Segment what sentences name in a picture, or in a folder of them.")
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="of this project, or one that ETRIS' authors published")
     add("--image", required=True, metavar="FILE", help="a picture, or a folder; then --out, --mask … are folders too")

@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from clip_model import SIZES, UserError, build_clip, command
+from clip_model import SIZES, Parser, UserError, build_clip, command
 from data import REFER, blame, read_refer
 from detris import SIZES as DINO_SIZES
 from detris import build_dino
@@ -339,7 +339,7 @@ def fetch_dino(name, url, cache):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=REFER)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="where everything goes")
     parser.add_argument("--all-images", action="store_true", help="the whole train2014.zip, 13 GB twice")

@@ -9,7 +9,6 @@ OpenAI's (Radford et al. 2021, figure 3), only small. The shipped file holds hal
 rows that occurred; `official.read_weights` draws the other rows from a fixed seed.
 """
 
-import argparse
 import json
 import os
 import time
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from clip_model import CLIP, HERE, SIZES, UserError, command, tokenize
+from clip_model import CLIP, HERE, SIZES, Parser, UserError, command, tokenize
 from data import letterbox
 from detris import DINO
 from detris import SIZES as DINO_SIZES
@@ -219,7 +218,7 @@ def pretrain(name, steps, batch_size, lr, seed, path):
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=["tiny", "tiny-vit", "tiny-dino"])
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch-size", type=int, default=128)

@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import parallel
-from clip_model import HERE, SIZES, UserError, command
+from clip_model import HERE, SIZES, Parser, UserError, command
 from data import FLAVOURS, Source, TrainSet, epoch_batches, open_dataset, train_loader
 from etris import set_fast, text_to_pixel_loss
 from evaluate import evaluate, grid_ceiling
@@ -236,7 +236,7 @@ def report(model, source, device, dtype, reasons):
 # ---------------------------------------------------------------------------------------------------- the command
 def arguments(argv):
     text = "\n".join(f"  {name:<15}{PRESETS[name]}" for name in PRESETS)
-    parser = argparse.ArgumentParser(description=__doc__, epilog=f"presets:\n{text}\nwords: 17, {WORDS}",
+    parser = Parser(description=__doc__, epilog=f"presets:\n{text}\nwords: 17, {WORDS}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--backbone", metavar="NAME", help="(the system's tiny one) " + ", ".join(SIZES))
@@ -352,7 +352,8 @@ def validate(run, source):
 def fit(run, train_source, val_source):
     """Epochs until the steps are done; every one validated, logged, drawn and saved, the best by val mIoU apart."""
     silent = not run.world.first
-    bar = tqdm(total=run.total, initial=run.steps, unit="step", desc="train", dynamic_ncols=True, disable=silent)
+    bar = tqdm(total=run.total, initial=run.steps, unit="step", desc="train", dynamic_ncols=True, disable=silent,
+               file=sys.stdout)  # fmt: skip
     while run.steps < run.total or run.done:
         start = time.time()
         loss, iou = train_epoch(run, train_source, bar)
