@@ -46,6 +46,7 @@ class Item:
         texts, ids = (*self.sentences, self.split), (*self.sent_ids, self.ref_id, self.image_id)
         if {type(text) for text in texts} != {str} or {type(number) for number in ids} != {int}:
             raise ValueError("sentences and split must be text, ids whole numbers")
+        "".join(texts).encode(), np.int64([*ids])  # half a character, or a number of 20 digits, fails late otherwise
         if not len(self.sentences) == len(set(self.sent_ids)) > 0:
             raise ValueError(f"{len(self.sentences)} sentences with {len(set(self.sent_ids))} different sent_ids")
 
@@ -54,10 +55,11 @@ class Item:
         own = isinstance(self.mask, Path)  # RefCOCO's masks are drawn on the picture as it is stored
         picture = read_picture(self.picture, exif=own)
         with blame(self.mask if own else f"the mask of ref {self.ref_id}", "draw or unpack it again"):
-            mask = read_picture(self.mask, convert=to_mask) if own else draw_mask(*self.mask)
-            if mask.shape != picture.shape[:2]:
-                raise ValueError(f"height and width {mask.shape}, but {self.picture} has {picture.shape[:2]}")
-        return replace(self, picture=picture, mask=mask)
+            mask = read_picture(self.mask, convert=to_mask) if own else None
+            shape = mask.shape if own else self.mask[1:]
+            if shape != picture.shape[:2]:
+                raise ValueError(f"height and width {shape}, but {self.picture} has {picture.shape[:2]}")
+            return replace(self, picture=picture, mask=mask if own else draw_mask(*self.mask))
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,8 @@ def read_refer(name, data) -> list[Item]:
     with blame(instances, remedy):
         tables = json.loads(instances.read_text())
         images = {row["id"]: (Path(row["file_name"]).name, row["height"], row["width"]) for row in tables["images"]}
+        if any(len(name.encode()) > 255 for name, *_ in images.values()):
+            raise ValueError("a picture's name is longer than any file's")
         shapes = {row["id"]: row["segmentation"] for row in tables["annotations"]}
     with blame(path, remedy), open(path, "rb") as file:
         for ref in NoClasses(file, encoding="latin1").load():  # bytes of Python 2; the tokenizer's ftfy mends accents
@@ -177,7 +181,8 @@ def read_folder(folder) -> list[Item]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     for count, line in enumerate(lines, 1):
         with blame(f"{path} line {count}", RECORD):
-            if record := json.loads(line.strip() or "null"):
+            if line.strip():
+                record = json.loads(line)
                 sentences, files = record["sentences"], [record["image"], record["mask"]]
                 if type(sentences) is not list or not all(sentence.strip() for sentence in sentences):
                     raise ValueError("sentences must be a list, and none of them empty")
@@ -223,12 +228,29 @@ def draw_mask(shape, height, width) -> np.ndarray:
     """COCO's segmentation -> bool (H, W): polygons OR-ed, run lengths column by column, as text or as numbers."""
     if isinstance(shape, list):
         polygons = [points for points in shape if len(points) >= 6]  # fewer than three corners hold no pixel
-        shape = coco.merge(coco.frPyObjects(polygons, height, width))
-    elif isinstance(shape["counts"], list):
-        if sum(shape["counts"]) != height * width:
-            raise ValueError("the run lengths do not fill the picture")
-        shape = coco.frPyObjects(shape, height, width)
-    return coco.decode(shape).astype(bool)
+        if not all(abs(x) <= 2 * max(height, width) for points in polygons for x in points):
+            raise ValueError("a corner lies far outside the picture")  # of which the library would crash
+        return coco.decode(coco.merge(coco.frPyObjects(polygons, height, width))).astype(bool)
+    runs = shape["counts"] if isinstance(shape["counts"], list) else run_lengths(shape["counts"])
+    if [*shape["size"]] != [height, width] or sum(runs) != height * width or min(runs) < 0:
+        raise ValueError("the run lengths do not fill the picture")  # the library would show what memory held before
+    return coco.decode(coco.frPyObjects({"size": [height, width], "counts": runs}, height, width)).astype(bool)
+
+
+def run_lengths(text) -> list[int]:
+    """COCO's text for run lengths, unpacked: characters of 5 bits, low ones first, a sixth bit says that more follow.
+
+    From the fourth run on a number is the difference to the run before the last.
+    """
+    runs, number, shift = [], 0, 0
+    for byte in text.encode() if isinstance(text, str) else text:
+        number |= (byte - 48 & 31) << shift
+        shift += 5
+        if not byte - 48 & 32:
+            number -= (byte - 48 >> 4 & 1) << shift  # the highest bit is the sign
+            runs.append(number + (runs[-2] if len(runs) > 2 else 0))
+            number = shift = 0
+    return runs
 
 
 @dataclass(frozen=True)

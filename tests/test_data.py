@@ -114,15 +114,31 @@ def test_a_ref_with_a_wrong_field_is_named(tmp_path, field, value):
 
 @pytest.mark.parametrize(
     "shape",
-    [[], [[1, 2]], {"size": [HEIGHT, WIDTH], "counts": [5, 5]}, {"counts": 3}, {"size": [2, 2], "counts": "04"}, 7],
-)
+    [[], [[1, 2]], {"size": [HEIGHT, WIDTH], "counts": [5, 5]}, {"counts": 3}, {"size": [2, 2], "counts": "04"}, 7,
+     {"size": [HEIGHT, WIDTH], "counts": "04"}, {"size": [WIDTH, HEIGHT], "counts": [0, HEIGHT * WIDTH]},
+     {"size": [HEIGHT, WIDTH], "counts": [-1, HEIGHT * WIDTH + 1]},
+     [[0, 0, 1e12, 0, 1e12, 1e12]], [[0, 0, float("nan"), 0, 5, 5]]],
+)  # fmt: skip
 def test_a_broken_mask_is_named(tmp_path, shape):
-    """No polygon, a polygon of one point, run lengths that end early or belong to a smaller picture."""
+    """No polygon, one of one point, run lengths that end early or belong to a smaller or a turned picture.
+
+    And what ends the whole process inside pycocotools: corners far outside the picture, or that are no number.
+    """
     refs, instances = refer_tables()
     instances["annotations"][0]["segmentation"] = shape
     write_refer(tmp_path, tables=(refs, instances))
     with pytest.raises(UserError, match="ref 10"):
         open_dataset("refcoco", "train", tmp_path)[0]
+
+
+def test_a_picture_with_a_name_no_file_can_have_is_said(tmp_path):
+    """The system refuses to look for it with an error of its own."""
+    refs, instances = refer_tables()
+    write_refer(tmp_path, tables=(refs, instances))
+    instances["images"][1]["file_name"] = "x" * 300
+    (tmp_path / "refcoco" / "instances.json").write_text(json.dumps(instances))
+    with pytest.raises(UserError, match=r"instances\.json: a picture's name is longer"):
+        open_dataset("refcoco", "train", tmp_path)
 
 
 def test_a_picture_of_another_size_than_its_mask_is_named(refer_tree):
@@ -215,6 +231,8 @@ def test_a_folder_of_ones_own_fills_in_what_is_missing(tmp_path):
     [
         ("{not json", "line 2"),
         (json.dumps([1]), "line 2"),
+        ("{}", "line 2.*no 'sentences'"),
+        ("0", "line 2"),
         (json.dumps({"image": "images/0.png"}), "line 2.*no 'sentences'"),
         (json.dumps(record(sentences=[" "])), "line 2.*empty"),
         (json.dumps(record(sentences=[])), "line 2.*0 sentences"),
@@ -222,6 +240,8 @@ def test_a_folder_of_ones_own_fills_in_what_is_missing(tmp_path):
         (json.dumps(record(sentences=[5])), "line 2"),
         (json.dumps(record(ref_id=0)), "line 2.*ref_id 0 is taken"),
         (json.dumps(record(ref_id="x")), "line 2.*whole numbers"),
+        (json.dumps(record(ref_id=2**63)), "line 2"),
+        (json.dumps(record(sentences=["half a \ud83d"])), "line 2.*surrogates"),
         (json.dumps(record(sent_ids=[1, 2])), "line 2.*sent_ids"),
         (json.dumps(record(image="../x.png")), "line 2.*inside the folder"),
         (json.dumps(record(mask="/etc/hostname")), "line 2.*inside the folder"),
