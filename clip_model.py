@@ -37,13 +37,27 @@ class Parser(argparse.ArgumentParser):
     """argparse, whose complaints are one line as all others are."""
 
     def error(self, message):
-        self.exit(2, f"error: {message}: --help lists what there is\n")
+        self.exit(2, f"error: {' '.join(message.split())}: --help lists what there is\n")
+
+
+def integer(low=1, high=10**9):
+    """argparse's type of a whole number from `low` to `high`."""
+
+    def read(text) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} to {high:,}")
+        return int(text)
+
+    return read
+
+
+SEED = integer(0, 2**32 - 1)  # what all dice take
 
 
 def command(main):
     """Wrap a command's `main(argv=None)`: a UserError becomes one line on stderr and exit status 2, no traceback.
 
-    So does what the system refuses, an OSError: a full disk, a read-only folder, a file that is gone.
+    So does what the system refuses: a full disk, a read-only folder, a file that is gone, more memory.
     """
 
     @functools.wraps(main)
@@ -54,6 +68,8 @@ def command(main):
             line = str(error).rpartition("clip_model.UserError: ")[2]
         except OSError as error:
             line = f"{error.filename or 'a file'}: {error.strerror or error}: check the path and the room on the disk"
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            line = f"{str(error).partition('. ')[0]}: --batch-size, --size, --accumulate or --limit need less memory"
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -123,6 +139,11 @@ def tokenize(sentences, words: int = 77) -> Tensor:
         ids = [bpe.sot, *bpe.encode(sentence)[: words - 2], bpe.eot]
         row[: len(ids)] = torch.tensor(ids)
     return tokens
+
+
+def is_blank(sentence: str) -> bool:
+    """Whether there is nothing to read in it: no character but spaces, control characters and those without width."""
+    return not any(letter.isprintable() and not letter.isspace() for letter in sentence)
 
 
 def padding(tokens: Tensor) -> Tensor:

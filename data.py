@@ -21,7 +21,7 @@ from pycocotools import mask as coco
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.transforms.v2.functional import resize
 
-from clip_model import PIXEL_MEAN, PIXEL_STD, Parser, UserError, command, tokenize
+from clip_model import PIXEL_MEAN, PIXEL_STD, SEED, Parser, UserError, command, integer, is_blank, tokenize
 from scenes import FLAVOURS, SPLITS, Scenes
 
 REFER = {"refcoco": "refcoco/refs(unc).p", "refcoco+": "refcoco+/refs(unc).p"}
@@ -184,7 +184,7 @@ def read_folder(folder) -> list[Item]:
             if line.strip():
                 record = json.loads(line)
                 sentences, files = record["sentences"], [record["image"], record["mask"]]
-                if type(sentences) is not list or not all(sentence.strip() for sentence in sentences):
+                if type(sentences) is not list or any(map(is_blank, sentences)):
                     raise ValueError("sentences must be a list, and none of them empty")
                 if any(Path(f).is_absolute() or ".." in Path(f).parts or not (folder / f).is_file() for f in files):
                     raise ValueError(f"{' or '.join(files)} is not a file inside the folder")
@@ -340,8 +340,8 @@ def main(argv=None):
     add("dataset", help=", ".join([*FLAVOURS, *REFER, "or a FOLDER"]))
     add("--split", default="train")
     add("--data", metavar="DIR", help="the folder prepare.py filled (data)")
-    add("--number", type=int, default=24, help="how many objects (24)")
-    add("--seed", type=int, default=0, help="which ones")
+    add("--number", type=integer(1, 1000), default=24, help="how many objects (24)")
+    add("--seed", type=SEED, default=0, help="which ones")
     add("--out", default="sheet.png", metavar="FILE")
     args = parser.parse_args(argv)
     from predict import contact_sheet  # where the pictures are drawn

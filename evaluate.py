@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from clip_model import Parser, UserError, command, tokenize
+from clip_model import Parser, UserError, command, integer, tokenize
 from data import FLAVOURS, REFER, Box, TrainSet, letterbox, letterbox_mask, open_dataset, unletterbox
 from official import load_checkpoint, pick_device
 from parallel import ALONE
@@ -241,19 +241,19 @@ def main(argv=None):
     add("--dataset", default="scenes", help=", ".join([*FLAVOURS, *REFER, "or a FOLDER (scenes)"]))
     add("--split", default="val", help="(val)")
     add("--data", metavar="DIR", help="the folder prepare.py filled (data)")
-    add("--limit", type=int, metavar="N", help="the first N objects only")
+    add("--limit", type=integer(), metavar="N", help="the first N objects only")
     add("--json", metavar="FILE", help="write the result")
     add("--csv", metavar="FILE", help="write one row per sentence")
     add("--save-masks", metavar="DIR", help="write <ref_id>_<sent_id>.png, 0 and 255")
     add("--weights", metavar="FILE", help="of the frozen CLIP, where it is not in the cache")
-    add("--batch-size", type=int, default=32, help="sentences at a time (32)")
-    add("--workers", type=int, default=0, help="processes that read pictures (0)")
+    add("--batch-size", type=integer(), default=32, help="sentences at a time (32)")
+    add("--workers", type=integer(0, 64), default=0, help="processes that read pictures (0)")
     add("--device", choices=["cpu", "cuda", "mps"])
     add("--by", choices=BY, action="append", default=[], help="of scenes: the score by it, with a figure; repeatable")
     add("--threshold", type=float, default=THRESHOLD, help=f"of the probability ({THRESHOLD})")
     args = parser.parse_args(argv)
-    if not 0 <= args.threshold <= 1 or args.batch_size < 1:
-        raise UserError(f"--threshold {args.threshold}, --batch-size {args.batch_size}: 0 to 1, and at least 1")
+    if not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold {args.threshold}: choose a probability, 0 to 1")
     device, reason = pick_device(args.device)
     print(f"device {device}: {reason}")
     if args.by and args.dataset not in FLAVOURS:

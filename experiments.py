@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from clip_model import CLIP, HERE, SIZES, Parser, UserError, command
+from clip_model import CLIP, HERE, SIZES, Parser, UserError, command, integer
 from data import REFER
 from etris import assemble
 from evaluate import evaluate, group_scores, write_file
@@ -499,8 +499,8 @@ def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("table", metavar="TABLE", help=", ".join([*TABLES, "counts"]))
-    add("--seeds", type=train.positive, help="(3; question: 5)")
-    add("--steps", type=train.positive, help=f"of a run in miniature ({FEW}; question: {STEPS['question']})")
+    add("--seeds", type=integer(), help="(3; question: 5)")
+    add("--steps", type=integer(), help=f"of a run in miniature ({FEW}; question: {STEPS['question']})")
     add("--rows", nargs="+", metavar="ROW", help="only these")
     add("--backbone", default="tiny")
     add("--dataset", default="scenes")

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from clip_model import Parser, UserError, command, tokenize
+from clip_model import Parser, UserError, command, is_blank, tokenize
 from data import count_cut, letterbox, read_picture, to_rgb, unletterbox
 from evaluate import THRESHOLD, predict_probabilities, write_file, write_picture
 from official import load_checkpoint, pick_device
@@ -47,7 +47,7 @@ def segment(model, image, text, threshold=THRESHOLD):
 @torch.inference_mode()
 def probabilities(model, image, sentences) -> np.ndarray:
     """float32 (K, H, W): how sure the model is of every pixel, for each of K sentences; 0..1."""
-    if isinstance(sentences, str) or not len(sentences) or not all(sentence.strip() for sentence in sentences):
+    if isinstance(sentences, str) or not len(sentences) or any(map(is_blank, sentences)):
         raise UserError(f"{sentences!r}: give a list of sentences, none of them empty")
     square, box = letterbox(as_picture(image), model.size)
     device = next((parameter.device for parameter in model.parameters()), "cpu")
@@ -206,7 +206,7 @@ def main(argv=None):
     add("--weights", metavar="FILE", help="of the frozen CLIP, where it is not in the cache")
     add("--device", choices=["cpu", "cuda", "mps"])
     args = parser.parse_args(argv)
-    if not all(text.strip() for text in args.text) or not 0 <= args.threshold <= 1:
+    if any(map(is_blank, args.text)) or not 0 <= args.threshold <= 1:
         raise UserError(f"--text {args.text} --threshold {args.threshold}: no sentence may be empty; 0 to 1")
     todo = plan(args)
     for path, *_ in todo:

@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from clip_model import SIZES, Parser, UserError, build_clip, command
+from clip_model import SIZES, Parser, UserError, build_clip, command, integer
 from data import REFER, blame, read_refer
 from detris import SIZES as DINO_SIZES
 from detris import build_dino
@@ -343,13 +343,10 @@ def parse(argv):
     parser.add_argument("dataset", choices=REFER)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="where everything goes")
     parser.add_argument("--all-images", action="store_true", help="the whole train2014.zip, 13 GB twice")
-    parser.add_argument("--workers", type=int, default=8, metavar="N", help="pictures at a time (8)")
+    parser.add_argument("--workers", type=integer(1, 64), default=8, metavar="N", help="pictures at a time (8)")
     parser.add_argument("--images-url", default=IMAGES, metavar="URL", help="has train2014/*.jpg, zips/train2014.zip")
     parser.add_argument("--annotations-url", metavar="URL", help="has refcoco.zip, refcoco+.zip, refcocog.zip")
-    args = parser.parse_args(argv)
-    if not 1 <= args.workers <= 64:
-        raise UserError(f"--workers {args.workers}: from 1 to 64")
-    return args
+    return parser.parse_args(argv)
 
 
 @command

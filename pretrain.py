@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from clip_model import CLIP, HERE, SIZES, Parser, UserError, command, tokenize
+from clip_model import CLIP, HERE, SEED, SIZES, Parser, UserError, command, integer, tokenize
 from data import letterbox
 from detris import DINO
 from detris import SIZES as DINO_SIZES
@@ -220,15 +220,17 @@ def pretrain(name, steps, batch_size, lr, seed, path):
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=["tiny", "tiny-vit", "tiny-dino"])
-    parser.add_argument("--steps", type=int, default=1600)
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--steps", type=integer(), default=1600)
+    parser.add_argument("--batch-size", type=integer(), default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--out", help="default: weights/NAME.pt")
     args = parser.parse_args(argv)
     path = Path(args.out or HERE / "weights" / f"{args.name}.pt")
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent}: no such folder: give another --out")
+    if not path.parent.is_dir() or path.is_dir():
+        raise UserError(f"{path}: no file in a folder that is there: give another --out")
+    if not 0 < args.lr < 1:
+        raise UserError(f"--lr {args.lr}: choose a rate between 0 and 1")
     record = pretrain(args.name, args.steps, args.batch_size, args.lr, args.seed, path)
     path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))

@@ -29,7 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import parallel
-from clip_model import HERE, SIZES, Parser, UserError, command
+from clip_model import HERE, SEED, SIZES, Parser, UserError, command, integer
 from data import FLAVOURS, Source, TrainSet, epoch_batches, open_dataset, train_loader
 from etris import set_fast, text_to_pixel_loss
 from evaluate import evaluate, grid_ceiling
@@ -248,25 +248,19 @@ def arguments(argv):
     add("--out", default="runs/latest", metavar="DIR")
     add("--resume", nargs="?", const=True, metavar="CHECKPOINT", help="go on; without a value from OUT/last.pt")
     for name in ("epochs", "steps", "batch-size", "size", "words", "width", "limit", "overfit"):
-        add(f"--{name}", type=positive, metavar="N")
-    add("--accumulate", type=positive, default=1, metavar="N", help="micro-batches per step, against lack of memory")
+        add(f"--{name}", type=integer(1, 4096) if name in ("size", "width") else integer(), metavar="N")
+    add("--accumulate", type=integer(), default=1, metavar="N", help="micro-batches per step, against lack of memory")
     add("--recompute", action="store_true", help="forget frozen activations, compute them twice: less memory")
     add("--lr", type=float, help="of the decoder; the Bridger's keeps its ratio to it")
     add("--schedule", choices=["step", "cosine"])
     add("--dropout", type=float)
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
-    add("--workers", type=int, default=None, metavar="N", help="loading processes (0 on a CPU, else 4)")
-    add("--processes", type=positive, default=1, metavar="N", help="(1) that share a batch on a CPU; GPUs: torchrun")
+    add("--workers", type=integer(0, 64), metavar="N", help="loading processes (0 on a CPU, else 4)")
+    add("--processes", type=integer(1, 64), default=1, metavar="N", help="(1) sharing a batch on a CPU; GPUs: torchrun")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
-    add("--seed", type=int, default=0)
+    add("--seed", type=SEED, default=0)
     add("--deterministic", action="store_true", help="the same run twice on one machine, slower on a GPU")
     return complete(parser.parse_args(argv))
-
-
-def positive(text) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
 
 
 def complete(args):
@@ -280,6 +274,8 @@ def complete(args):
     preset = presets[args.backbone]
     if args.lr is not None and not 0 < args.lr < 1:
         raise UserError(f"--lr {args.lr}: choose a rate between 0 and 1, such as {preset['lr']}")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        raise UserError(f"--dropout {args.dropout}: choose a share from 0 to below 1")
     args.bridge_lr = preset["bridge_lr"] * ((args.lr or preset["lr"]) / preset["lr"])
     for key, value in preset.items():
         if getattr(args, key) is None:

@@ -286,8 +286,8 @@ def test_the_command_writes_what_it_prints(bright_folder, bright_model, monkeypa
     [
         (["--split", "testA"], "split testA has no refs"),
         (["--split", "train", "--threshold", "2"], "--threshold 2"),
-        (["--split", "train", "--batch-size", "0"], "--batch-size 0"),
-        (["--split", "train", "--limit", "0"], "--limit 0"),
+        (["--split", "train", "--batch-size", "0"], "--batch-size: 0"),
+        (["--split", "train", "--limit", "0"], "--limit: 0"),
         (["--split", "train", "--json", "{folder}/refs.jsonl/x"], "cannot be written"),
         (["--split", "train", "--json", "{folder}/images"], "cannot be written"),
     ],
