@@ -209,23 +209,41 @@ def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------- the picture encoders
+class Norm(nn.BatchNorm2d):
+    """BatchNorm behind a convolution: γ (w∗x − μ) / √(σ² + ε) + β; fast, where neither learns: (a w)∗x + β − a μ."""
+
+    fast = False
+
+    def forward(self, conv, x):
+        learns = self.training or any(p.requires_grad for p in (conv.weight, self.weight, self.bias))
+        if learns or not self.fast:
+            return super().forward(conv(x))
+        a = self.weight * (self.running_var + self.eps).rsqrt()
+        return F.conv2d(x, conv.weight * a[:, None, None, None], self.bias - a * self.running_mean,
+                        conv.stride, conv.padding)  # fmt: skip
+
+
 class Bottleneck(nn.Module):
     """1×1 → 3×3 → 1×1 with a shortcut; strides by average pooling, on both ways (CLIP's "anti-aliased" ResNet)."""
 
     def __init__(self, inside: int, width: int, stride: int):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inside, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.conv1, self.bn1 = nn.Conv2d(inside, width, 1, bias=False), Norm(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), Norm(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), Norm(4 * width)
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        parts = [nn.AvgPool2d(stride), nn.Conv2d(inside, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)]
+        parts = [nn.AvgPool2d(stride), nn.Conv2d(inside, 4 * width, 1, bias=False), Norm(4 * width)]
         named = OrderedDict(zip(("-1", "0", "1"), parts, strict=True))
-        self.downsample = nn.Sequential(named) if stride > 1 or inside != 4 * width else nn.Identity()
+        self.downsample = nn.ModuleDict(named if stride > 1 or inside != 4 * width else {})
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.avgpool(F.relu(self.bn2(self.conv2(out))))
-        return F.relu(self.bn3(self.conv3(out)) + self.downsample(x))
+        out = F.relu(self.bn1(self.conv1, x))
+        out = self.avgpool(F.relu(self.bn2(self.conv2, out)))
+        out = self.bn3(self.conv3, out)
+        if self.downsample:
+            pool, conv, norm = self.downsample.values()
+            x = norm(conv, pool(x))
+        return F.relu(out + x)
 
 
 class AttentionPool(nn.Module):
@@ -266,9 +284,9 @@ class ModifiedResNet(nn.Module):
     def __init__(self, layers, width: int, embed: int, picture: int):
         super().__init__()
         half = width // 2
-        self.conv1, self.bn1 = nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(half)
-        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, padding=1, bias=False), nn.BatchNorm2d(half)
-        self.conv3, self.bn3 = nn.Conv2d(half, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = nn.Conv2d(3, half, 3, stride=2, padding=1, bias=False), Norm(half)
+        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, padding=1, bias=False), Norm(half)
+        self.conv3, self.bn3 = nn.Conv2d(half, width, 3, padding=1, bias=False), Norm(width)
         inside = width
         for i, blocks in enumerate(layers):
             out, stride = width * 2**i, 1 if i == 0 else 2
@@ -284,9 +302,9 @@ class ModifiedResNet(nn.Module):
 
     def stem(self, image):
         """(B, 3, S, S) → (B, 4·width, S/4, S/4)."""
-        x = F.relu(self.bn1(self.conv1(image)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        x = F.relu(self.bn3(self.conv3(x)))
+        x = F.relu(self.bn1(self.conv1, image))
+        x = F.relu(self.bn2(self.conv2, x))
+        x = F.relu(self.bn3(self.conv3, x))
         return self.layer1(F.avg_pool2d(x, 2))
 
     def as_map(self, v):

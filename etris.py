@@ -239,9 +239,9 @@ def text_to_pixel_loss(logits: Tensor, masks: Tensor, nearest: bool = False) -> 
 # ------------------------------------------------------------------------------------------------------ the whole
 def check_size(clip, *sides):
     """UserError where the encoder's strides do not divide a picture's sides."""
-    if any(side % clip.visual.stride for side in sides):
+    if any(side % clip.visual.stride or side > 4096 for side in sides):
         shape = "×".join(map(str, sides))
-        raise UserError(f"picture size {shape}: choose --size a multiple of {clip.visual.stride}")
+        raise UserError(f"picture size {shape}: choose --size a multiple of {clip.visual.stride}, at most 4096")
 
 
 class ETRIS(nn.Module):
@@ -287,13 +287,18 @@ class ETRIS(nn.Module):
         again = self.recompute and torch.is_grad_enabled() and x.requires_grad
         return checkpoint(stage, x, use_reentrant=False) if again else stage(x)
 
-    def encode(self, images, tokens):
-        """images (B, 3, S, S), tokens (B, L) → three maps (B, C_i, H_i, W_i), words (B, L, D), sentence (B, E)."""
+    def encode(self, images, tokens, owner=None):
+        """images (B, 3, S, S), tokens (B, L) → three maps (B, C_i, H_i, W_i), words (B, L, D), sentence (B, E).
+
+        owner (B,): each sentence's picture, where sentences share them; stem and first stage then see each but once.
+        """
         visual, text = self.clip.visual, self.clip
         ignore = padding(tokens) if self.mask_padding else None
         v, t, carry, maps = visual.stem(images), text.stem(tokens), None, []
         for i in range(3):
             v, t = self.run(visual.stages[i], v), self.run(text.stages[i], t)
+            if i == 0 and owner is not None:
+                v = v[owner]
             self.note(f"visual{i}.before", visual.as_map(v)), self.note(f"text{i}.before", t)
             if str(i) in self.bridger:
                 dv, dt, carry = self.bridger[str(i)](visual.as_map(v), t, carry, ignore)
@@ -304,10 +309,10 @@ class ETRIS(nn.Module):
             maps[2] = F.relu(maps[2] + self.connect(v) if self.connect else maps[2])
         return maps, *text.head(t, tokens)
 
-    def forward(self, images, tokens):
-        """images (B, 3, S, S) normalised, tokens (B, L) → logits (B, 1, S/4, S/4)."""
+    def forward(self, images, tokens, **owner):
+        """images (B, 3, S, S) normalised, tokens (B, L) → logits (B, 1, S/4, S/4); owner: see `encode`."""
         check_size(self.clip, *images.shape[2:])
-        maps, words, sentence = self.encode(images, tokens)
+        maps, words, sentence = self.encode(images, tokens, **owner)
         features = self.hierarchical(maps, sentence)
         features = self.global_(features, words, padding(tokens))
         self.note("features", features), self.note("words", words), self.note("sentence", sentence)
@@ -353,7 +358,10 @@ def assemble(clip, size=416, words=17, *, width=64, heads=None, stages=(0, 1, 2)
     """ETRIS around a frozen CLIP. released=True: exactly what the original released (SPEC 5.1); else ours, with
     train_positions, connect, mask_padding to override the defaults that the ledger measured."""
     check_size(clip, size)
-    options = {"train_positions": False, "connect": False, "mask_padding": True} | ours
+    options = {"train_positions": False, "connect": False, "mask_padding": True}
+    if unknown := set(ours) - set(options):
+        raise UserError(f"ETRIS has no option {min(unknown)!r}: choose of {', '.join(options)}")
+    options |= ours
     if released:
         options = {"train_positions": True, "connect": True, "mask_padding": False}
         if clip.size.patch:  # the original resizes a ViT's positions once, and trains them at that size

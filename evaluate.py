@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from clip_model import Parser, UserError, command, integer, tokenize
 from data import FLAVOURS, REFER, Box, TrainSet, letterbox, letterbox_mask, open_dataset, unletterbox
+from etris import ETRIS, set_fast
 from official import load_checkpoint, pick_device
 from parallel import ALONE
 from scenes import WORLD
@@ -53,9 +54,9 @@ def summarise(intersections, unions) -> dict[str, float]:
     return {name: 100 * float(x) for name, x in (means | {f"Pr@{x}": np.mean(each > x) for x in PRECISIONS}).items()}
 
 
-def predict_probabilities(model, images, tokens) -> torch.Tensor:
+def predict_probabilities(model, images, tokens, **owner) -> torch.Tensor:
     """images (B, 3, S, S), tokens (B, L) -> (B, S, S) in 0..1, about: bicubic enlargement may overshoot a little."""
-    probabilities = model(images, tokens).float().sigmoid()
+    probabilities = model(images, tokens, **owner).float().sigmoid()
     size, corners = images.shape[-2:], getattr(model, "align_corners", False)
     return F.interpolate(probabilities, size, mode="bicubic", align_corners=corners)[:, 0]
 
@@ -82,10 +83,13 @@ def sentence_batches(items, batch_size):
 
 def predict_masks(model, batch, device, threshold, dtype) -> list[torch.Tensor]:
     """A batch of (item, number of the sentence) -> a bool mask each, at its picture's own size."""
-    images = torch.stack([item["image"] for item, _ in batch]).to(device)
+    pictures = {item["image_id"]: item["image"] for item, _ in batch}  # below its bridges ETRIS sees each once
+    images, numbers = torch.stack(list(pictures.values())).to(device), {key: i for i, key in enumerate(pictures)}
+    owner = torch.tensor([numbers[item["image_id"]] for item, _ in batch], device=device)
     tokens = torch.stack([item["tokens"][k] for item, k in batch]).to(device)
+    given = {"images": images, "owner": owner} if type(model) is ETRIS else {"images": images[owner]}
     with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None):
-        maps = predict_probabilities(model, images, tokens)
+        maps = predict_probabilities(model, tokens=tokens, **given)
     return [unletterbox(one, item["box"]) > threshold for one, (item, _) in zip(maps, batch, strict=True)]
 
 
@@ -193,7 +197,7 @@ def grid_ceiling(source, size) -> dict[str, float]:
 def write_file(path, content: bytes):
     """Whole or not at all: written beside, then moved into place."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_bytes(content)
@@ -258,7 +262,7 @@ def main(argv=None):
     print(f"device {device}: {reason}")
     if args.by and args.dataset not in FLAVOURS:
         raise UserError(f"--by {args.by[0]}: only drawn scenes know it: choose --dataset {', '.join(FLAVOURS)}")
-    model = load_checkpoint(args.checkpoint, args.weights, device)
+    model = set_fast(load_checkpoint(args.checkpoint, args.weights, device))
     source = open_dataset(args.dataset, args.split, args.data, args.limit, side=model.size)
     more = {"threshold": args.threshold, "workers": args.workers, "save_masks": args.save_masks}
     result, rows = evaluate(model, source, device, batch_size=args.batch_size, **more)

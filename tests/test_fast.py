@@ -1,0 +1,283 @@
+"""14. Every trick of the fast path, at RN101's depth (its widths are an eighth): it changes the work, not the result.
+
+max|Δ| / max|·| ≤ 1e-10 in float64 and ≤ 1e-4 in float32, for logits and for the gradient of everything that learns.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+import train
+import tuning
+from clip_model import CLIP, Attention, Norm, Size, build_clip, fill_by_name, tokenize
+from data import open_dataset
+from etris import Gate, Projector, assemble, set_fast, text_to_pixel_loss
+from evaluate import evaluate
+
+DEEP = Size(32, 64, (3, 4, 23, 3), 8, None, 64, 12, 20)
+SHALLOW = Size(32, 64, (1, 2, 1, 1), 8, None, 64, 3, 20)
+BOUND = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+def model_of(size=DEEP, dtype=torch.float64, tuned="bridger", **options):
+    """With norms as training leaves them: no scale is 1, no mean 0; and with tuned parts that do something."""
+    torch.manual_seed(0)
+    clip = build_clip(fill_by_name(CLIP(size).state_dict()))
+    for norm in (module for module in clip.modules() if isinstance(module, Norm)):
+        for x in (norm.weight, norm.running_var):
+            nn.init.uniform_(x, 0.5, 1.5)
+        for x in (norm.bias, norm.running_mean):
+            nn.init.normal_(x, std=0.3)
+    model = tuning.apply(assemble(clip, 64, 8, width=16, dropout=0.0, **options), tuning.parse(tuned))
+    for name, parameter in model.named_parameters():
+        if "adapter" in name or ".up" in name:  # else they start as the identity
+            nn.init.normal_(parameter, std=0.1)
+    return model.to(dtype)
+
+
+def inputs(count=2):
+    texts = ["the red cat on the left", "dog", "ring", "two big stars"][:count]
+    dice = torch.Generator().manual_seed(1)
+    masks = (torch.rand(count, 1, 64, 64, generator=dice) > 0.7).float()
+    return torch.randn(count, 3, 64, 64, generator=dice), tokenize(texts, 8), masks
+
+
+def results(model, dtype=torch.float64, **batch):
+    """{"logits": …, name of what learns: its gradient}; the gates' queries and keys, dead by design, left out."""
+    images, tokens, masks = inputs(**batch)
+    model.zero_grad()
+    logits = model(images.to(dtype), tokens)
+    text_to_pixel_loss(logits.to(dtype), masks.to(dtype)).backward()
+    third = {name: len(p) // 3 * 2 for name, p in model.named_parameters() if "gates" in name and "in_proj" in name}
+    learn = {n: p.grad[third.get(n, 0) :] for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **learn}
+
+
+def assert_same(plain, fast, bound):
+    assert plain.keys() == fast.keys()
+    for name, x in plain.items():  # a bias of keys has no effect: its gradient is 0 but for rounding, hence the 1e-6
+        off, largest = (x - fast[name]).abs().max().item(), max(1e-6, x.abs().max().item())
+        assert off <= bound * largest, f"{name}: {off:.2e} of {largest:.2e}"
+
+
+def calls(monkeypatch, owner, name):
+    """How often the function is called from now on: a list that grows."""
+    seen, function = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args, **more: seen.append(name) or function(*args, **more))
+    return seen
+
+
+# ---- all of it
+@pytest.mark.parametrize("dtype", BOUND)
+def test_the_fast_path_gives_the_same_logits_and_gradients_and_can_be_left(dtype):
+    """set_fast on: the same. Off again: bit for bit what it was. The state dict never changes, in name or number."""
+    model = model_of(dtype=dtype)
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    model.eval()  # of BatchNorm in the head too: statistics would move between the two
+    plain = results(model, dtype)
+    assert_same(plain, results(set_fast(model), dtype), BOUND[dtype])
+    assert_same(plain, results(model.to(memory_format=torch.channels_last), dtype), BOUND[dtype])
+    assert_same(plain, results(set_fast(model, False).to(memory_format=torch.contiguous_format), dtype), 0)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in state.items())
+
+
+def test_set_fast_is_the_only_switch():
+    """What has a fast path is `fast = False` until then, in every system's modules, and a new model is plain."""
+    model = model_of(SHALLOW)
+    kinds = {type(m) for m in model.modules() if hasattr(m, "fast")}
+    assert {Norm, Attention, Gate, Projector} <= kinds and not any(m.fast for m in model.modules() if type(m) in kinds)
+    assert all(m.fast for m in set_fast(model).modules() if type(m) in kinds)
+
+
+# ---- BatchNorm in its convolution
+def test_the_frozen_towers_norms_are_folded_into_their_convolutions(monkeypatch):
+    """RN101 has 3 + 33 · 3 + 4 = 106 of them; none is computed on the fast path, the head's own all are."""
+    model, (images, tokens, _) = model_of().eval(), inputs()
+    images, norms = images.double(), [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    frozen = [m for m in norms if isinstance(m, Norm)]
+    seen = calls(monkeypatch, F, "batch_norm")
+    model(images, tokens)
+    assert (len(frozen), len(seen)) == (106, len(norms))
+    seen.clear()
+    set_fast(model)(images, tokens)
+    assert len(seen) == len(norms) - 106 > 0
+
+
+@pytest.mark.parametrize("tuned", ["full", "bitfit+bridger", "lora+bridger", "adapter", "conv-adapter+bridger"])
+def test_where_the_tower_learns_or_is_adapted_nothing_is_folded_wrongly(tuned):
+    """Scales that learn get their gradient; what hangs behind a norm is still passed through."""
+    model = model_of(DEEP, tuned=tuned).eval()
+    plain, fast = results(model), results(set_fast(model))
+    assert len(plain) > 10
+    assert_same(plain, fast, 1e-10)
+
+
+def test_a_norm_that_moves_is_never_folded(monkeypatch):
+    """Pre-training our own CLIP: in training mode the batch's statistics count, though nothing may learn."""
+    norm, conv, x = Norm(4), nn.Conv2d(3, 4, 3, bias=False), torch.randn(2, 3, 8, 8)
+    norm.fast = True
+    seen = calls(monkeypatch, F, "batch_norm")
+    norm.requires_grad_(False), conv.requires_grad_(False)
+    norm.train()(conv, x)
+    assert len(seen) == 1 and norm.running_mean.abs().max() > 0
+    norm.eval()(conv, x)
+    assert len(seen) == 1
+    conv.requires_grad_(True)
+    norm(conv, x).sum().backward()
+    assert len(seen) == 2 and conv.weight.grad.abs().max() > 0
+
+
+def test_a_tensor_loaded_after_the_switch_counts():
+    """The folded weights are made from the frozen tensors each time: nothing goes stale."""
+    model, (images, tokens, _) = set_fast(model_of(SHALLOW)).eval(), inputs()
+    before = model(images.double(), tokens)
+    model.clip.visual.bn1.bias.data += 1
+    after = model(images.double(), tokens)
+    assert not torch.allclose(before, after)
+    assert torch.allclose(after, set_fast(model, False)(images.double(), tokens), rtol=1e-10)
+
+
+# ---- what is kept for the backward pass
+def kept(function):
+    """Bytes that autograd keeps of what `function` computes, each storage once."""
+    storages = {}
+
+    def note(x):
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(note, lambda x: x):
+        out = function()
+    return sum(storages.values()), out
+
+
+def test_there_is_no_graph_below_the_first_trainable_place():
+    """Stem, layer1, layer2 and the words' first third keep nothing; from the first bridge on the graph begins."""
+    model, (images, tokens, _) = set_fast(model_of(SHALLOW, torch.float32)), inputs()
+    begins = []
+    for layer in model.clip.visual.stages:
+        layer.register_forward_hook(lambda module, given, out: begins.append(out.requires_grad))
+    visual, text = model.clip.visual, model.clip
+    size, _ = kept(lambda: (visual.stages[0](visual.stem(images)), text.stages[0](text.stem(tokens))))
+    assert size == 0
+    begins.clear()
+    model(images, tokens)
+    assert begins == [False, True, True]
+
+
+def test_folding_and_recomputing_keep_less():
+    """Without its norm a convolution's output is not kept; `recompute` keeps none of a frozen stage. Same gradients."""
+    model, (images, tokens, _) = model_of(dtype=torch.float32).eval(), inputs(4)
+    sizes = [kept(lambda: model(images, tokens))[0]]
+    for model.recompute in (False, True):
+        sizes.append(kept(lambda: set_fast(model)(images, tokens))[0])
+    assert sizes[0] > sizes[1] > sizes[2]
+    model.double()
+    again = results(model)
+    model.recompute = False
+    assert_same(results(model), again, 1e-12)
+
+
+# ---- attention
+def test_scaled_dot_product_attention_wherever_no_map_is_asked_for(monkeypatch):
+    """12 text blocks, 12 in the Bridger, the pool, 6 in the decoder; `look` asks for maps and gets the plain path's."""
+    model, (images, tokens, _) = model_of(dtype=torch.float32).eval(), inputs()
+    seen = calls(monkeypatch, F, "scaled_dot_product_attention")
+    plain = model.look(images, tokens)
+    assert not seen
+    set_fast(model)(images, tokens)
+    assert len(seen) == 12 + 12 + 1 + 6
+    fast = model.look(images, tokens)
+    maps = {name for name, x in plain.items() if name.endswith("attn")}
+    assert len(maps) == 12 + 12 + 6 and maps <= fast.keys()
+    assert_same({name: plain[name] for name in maps}, {name: fast[name] for name in maps}, 1e-4)
+
+
+def test_the_gates_dead_tensors_stay_in_the_state_dict_and_never_move():
+    """What makes queries and keys gets a gradient of exactly 0 on the fast path, so Adam leaves it alone."""
+    model, (images, tokens, masks) = set_fast(model_of(SHALLOW, torch.float32)), inputs()
+    name = "hierarchical.gates.0.in_proj_weight"
+    before = model.state_dict()[name].clone()
+    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(3):
+        adam.zero_grad()
+        text_to_pixel_loss(model(images, tokens), masks).backward()
+        adam.step()
+    after, dead = model.state_dict()[name], len(before) // 3 * 2
+    assert torch.equal(after[:dead], before[:dead]) and not torch.equal(after[dead:], before[dead:])
+
+
+# ---- the step
+def test_fused_adam_takes_the_same_steps():
+    """Three steps from the same gradients; float32, so to a millionth."""
+    start, moved = model_of(SHALLOW, torch.float32), []
+    for fused in (False, True):
+        model, dice = copy.deepcopy(start), torch.Generator().manual_seed(2)
+        learn = [p for p in model.parameters() if p.requires_grad]
+        adam = torch.optim.Adam(learn, 1e-3, fused=fused)
+        for _ in range(3):
+            for p in learn:
+                p.grad = torch.randn(p.shape, generator=dice)
+            adam.step()
+        moved.append({str(i): p.detach() for i, p in enumerate(learn)})
+    assert_same(*moved, 1e-6)
+
+
+def test_bf16_stays_near():
+    """Eight bits of mantissa: no equality. Logits stay within a tenth, the loss, always float32, within a hundredth."""
+    model, (images, tokens, masks) = set_fast(model_of(dtype=torch.float32)).eval(), inputs()
+    exact = model(images, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(images, tokens)
+        loss = text_to_pixel_loss(rough, masks)
+    assert rough.dtype is torch.bfloat16 and loss.dtype is torch.float32
+    assert (rough - exact).abs().max() < 0.1 * exact.abs().max()
+    assert loss.item() == pytest.approx(text_to_pixel_loss(exact, masks).item(), rel=0.01)
+
+
+# ---- evaluation
+@pytest.mark.parametrize("stages", [(0, 1, 2), ()])
+def test_a_picture_of_several_sentences_is_seen_once_below_the_bridges(stages):
+    """Two pictures, five sentences: the logits of five pictures; stem and first stage see two."""
+    model, (images, tokens, _) = set_fast(model_of(SHALLOW, stages=stages)).eval(), inputs(4)
+    images, tokens, owner = images[:2].double(), tokens[[0, 1, 2, 3, 0]], torch.tensor([0, 0, 1, 0, 1])
+    each, seen = model(images[owner], tokens), []
+    for layer in (model.clip.visual.layer1, *model.clip.visual.stages):
+        layer.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    assert_same({"logits": each}, {"logits": model(images, tokens, owner=owner)}, 1e-10)
+    assert seen == [2, 2, 5, 5]
+
+
+def test_evaluation_shares_pictures_and_measures_the_same():
+    """Drawn scenes in batches of five sentences and one at a time: the same rows, fewer pictures seen."""
+    model = set_fast(model_of(SHALLOW, torch.float32))
+    source, seen = open_dataset("scenes", "val", limit=4), []
+    model.clip.visual.layer1.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
+    _, alone = evaluate(model, source, batch_size=1, progress=False)
+    count = len(seen)
+    seen.clear()
+    _, together = evaluate(model, source, batch_size=5, progress=False)
+    assert count == len(alone) > sum(seen) and [row["sent_id"] for row in alone] == [row["sent_id"] for row in together]
+    assert all(abs(a["I"] - b["I"]) <= 2 and abs(a["U"] - b["U"]) <= 2 for a, b in zip(alone, together, strict=True))
+
+
+# ---- compiling
+def test_compiling_leaves_names_and_numbers(monkeypatch, tmp_path):
+    """--compile compiles model and loss together; the model itself, and so a checkpoint, keeps its names.
+
+    Here torch traces and does not generate code ("eager"), which would take a minute.
+    """
+    real, compiled, states = torch.compile, [], []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or real(f, backend="eager"))
+    for more in ([], ["--compile"]):
+        out = tmp_path / str(len(states))
+        given = ["--weights", "random", "--steps", "2", "--batch-size", "2", "--limit", "4", "--size", "64"]
+        train.main([*given, "--device", "cpu", "--out", str(out), *more])
+        states.append(torch.load(out / "last.pt", weights_only=True)["tuned"])
+    assert len(compiled) == 1
+    assert_same({n: x.double() for n, x in states[0].items()}, {n: x.double() for n, x in states[1].items()}, 1e-4)
