@@ -156,7 +156,10 @@ class Run:
         self.world = world
         if world.size > 1 and self.device.type == "cuda":
             parallel.sync_batch_norm(self.model)
-        self.objective = world.wrap(Objective(self.model))
+        objective = Objective(self.model)
+        if self.args.compile:
+            objective.compile()  # in place, not the model's own call: names, evaluation and drawing stay as they are
+        self.objective = world.wrap(objective)
         if not world.first:
             torch.manual_seed(self.args.seed + 10**6 * world.rank + self.steps)
 
@@ -251,6 +254,7 @@ def arguments(argv):
         add(f"--{name}", type=integer(1, 4096) if name in ("size", "width") else integer(), metavar="N")
     add("--accumulate", type=integer(), default=1, metavar="N", help="micro-batches per step, against lack of memory")
     add("--recompute", action="store_true", help="forget frozen activations, compute them twice: less memory")
+    add("--compile", action="store_true", help="torch.compile the training step: minutes first, then faster steps")
     add("--lr", type=float, help="of the decoder; the Bridger's keeps its ratio to it")
     add("--schedule", choices=["step", "cosine"])
     add("--dropout", type=float)
