@@ -134,7 +134,7 @@ def draw_curves(out):
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "loss" in line]
+    lines = list({line["step"]: line for line in lines if "loss" in line}.values())  # a killed epoch's is there twice
     figure = Figure((9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = [line["step"] for line in lines]
