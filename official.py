@@ -17,6 +17,7 @@ from torch import Tensor
 import barleria
 import detris
 from clip_model import CLIP, Size, UserError
+from data import blame
 from etris import ETRIS, assemble
 from tuning import build
 
@@ -113,7 +114,9 @@ def unwrap(file: dict) -> dict[str, Tensor]:
 def is_official(file) -> bool:
     """Whether a loaded file looks like a checkpoint of one of the three originals."""
     marks = ("backbone.", "dinov2.")
-    return isinstance(file, dict) and any(n.startswith(marks) for n in unwrap(file) if isinstance(n, str))
+    state = file.get("state_dict", file) if isinstance(file, dict) else None
+    texts = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    return texts and any(name.startswith(marks) for name in unwrap(file))
 
 
 def system_of(state: dict) -> str:
@@ -239,7 +242,8 @@ def read_checkpoint(path) -> dict:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint: train one with `python train.py --out DIR`, it is DIR/best.pt")
     try:
-        with torch.serialization.safe_globals(NUMBERS):
+        with torch.serialization.safe_globals(NUMBERS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is odd about the file, the next line says
             file = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged, cut off, hostile: torch and pickle raise a dozen kinds
         reason = f"no checkpoint that can be read safely ({type(error).__name__})"
@@ -252,15 +256,17 @@ def read_checkpoint(path) -> dict:
 
 
 def restore_tuned(model: ETRIS, file: dict, path) -> ETRIS:
-    """Copy a checkpoint's tuned tensors into the model; UserError where backbone, names or shapes do not agree."""
+    """Copy a checkpoint's tuned tensors into the model; UserError where they are not those of such a model."""
     theirs, ours = file["identity"], model.frozen.identity
     if theirs["sha256"] != ours["sha256"]:
         raise UserError(f"{path}: was tuned on a frozen {theirs['name']} {theirs['sha256'][:12]}…, this one is "
                         f"{ours['name']} {ours['sha256'][:12]}…: give its --weights FILE")  # fmt: skip
     tuned, want = file["tuned"], dict(model.tuned())
     wrong = set(tuned) ^ set(want) or {n for n in tuned if tuned[n].shape != want[n].shape}
+    wrong = wrong or {n for n in tuned if not tuned[n].isfinite().all()}
     if wrong:
-        raise UserError(f"{path}: {len(wrong)} tensors do not fit this model, {min(wrong)} first: give another file")
+        raise UserError(f"{path}: {len(wrong)} tensors do not fit this model or are not finite, {min(wrong)} first: "
+                        "give another file")  # fmt: skip
     model.load_state_dict(tuned, strict=False)
     return model
 
@@ -272,13 +278,18 @@ def load_checkpoint(path, weights=None, device="cpu") -> ETRIS:
     and must be the one it was tuned on (SHA-256).
     """
     file = read_checkpoint(path)
-    if is_official(file):
-        return from_official(file).to(device)
-    config = dict(file["config"])
-    model = build(**config | ({"weights": str(weights)} if weights else {}))
-    size, source = sum(x.numel() for x in file["tuned"].values()), model.frozen.identity["weights"]
-    print(f"{Path(path).name}: {size:,} tuned numbers; the frozen {config['backbone']} comes from {source}")
-    return restore_tuned(model, file, path).eval().to(device)
+    try:
+        with blame(path, "it is damaged: give another file"):
+            if is_official(file):
+                model = from_official(file)
+            else:
+                model = build(**file["config"] | ({"weights": str(weights)} if weights else {}))
+                size, frozen = sum(x.numel() for x in file["tuned"].values()), model.frozen.identity
+                print(f"{Path(path).name}: {size:,} tuned numbers; the frozen {frozen['name']} is {frozen['weights']}")
+                restore_tuned(model, file, path)
+    except UserError as error:  # whatever it is about, it came from the file
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+    return model.eval().to(device)
 
 
 def pick_device(wish=None) -> tuple[torch.device, str]:

@@ -11,6 +11,7 @@ result.json. A checkpoint holds tuned tensors and what `--resume` needs to go on
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import math
 import os
@@ -30,9 +31,9 @@ from tqdm import tqdm
 
 import parallel
 from clip_model import HERE, SEED, SIZES, Parser, UserError, command, integer
-from data import FLAVOURS, Source, TrainSet, epoch_batches, open_dataset, train_loader
+from data import FLAVOURS, Source, TrainSet, blame, epoch_batches, open_dataset, train_loader
 from etris import set_fast, text_to_pixel_loss
-from evaluate import evaluate, grid_ceiling
+from evaluate import evaluate, grid_ceiling, write_file
 from official import VERSION, pick_device, pick_dtype, read_checkpoint, restore_tuned
 from predict import draw_curves, draw_predictions
 from tuning import METHODS, SYSTEMS, build
@@ -54,14 +55,12 @@ def train_epoch(run, source, bar):
     run.model.train()
     train_set = TrainSet(source, args.size, args.words, args.seed)
     for batch in train_loader(train_set, args.batch_size, run.epoch, run.done, args.workers, run.world.share):
-        run.busy = True  # a signal waits for the end of the step, so that what is saved is always a whole step
-        loss, iou = step(run, batch)
-        run.done, run.steps = run.done + 1, run.steps + 1
-        run.totals = [run.totals[0] + loss, run.totals[1] + iou]
-        run.busy = False
-        if run.stop:
-            raise KeyboardInterrupt
-        bar.set_postfix(loss=f"{loss:.3f}", IoU=f"{iou:.1f}", imgs=f"{args.batch_size * bar_rate(bar):.0f}/s")
+        with run.whole():
+            loss, iou = step(run, batch)
+            run.done, run.steps = run.done + 1, run.steps + 1
+            run.totals = [run.totals[0] + loss, run.totals[1] + iou]
+        rate, skipped = bar.format_dict["rate"] or 0.0, {"skipped": run.skipped} if run.skipped else {}
+        bar.set_postfix(loss=f"{loss:.3f}", IoU=f"{iou:.1f}", imgs=f"{rate * args.batch_size:.0f}/s", **skipped)
         bar.update()
         if run.steps >= run.total:
             break
@@ -75,6 +74,7 @@ def step(run, batch):
     items, for shares may differ by one. Where one rank is told to stop, all stop after this step.
     """
     world, keys, total, iou = run.world, ("image", "tokens", "mask"), 0.0, 0.0
+    before = [x.clone() for x in run.statistics]
     [count] = world.total(len(batch["image"]))
     parts = list(zip(*(batch[key].chunk(min(run.args.accumulate, len(batch[key]))) for key in keys), strict=True))
     for i, part in enumerate(parts):
@@ -86,16 +86,39 @@ def step(run, batch):
             run.scaler.scale(loss * share * world.size).backward()  # the ranks' gradients are averaged: hence the size
         total, iou = total + loss.item() * share, iou + share * grid_iou(logits.detach(), masks)
     total, iou, stop = world.total(total, iou, run.stop)
-    if not math.isfinite(total):
-        where = f"step {run.steps} (rate {run.rate.get_last_lr()}, refs {world.gather(batch['ref_id'].tolist())})"
-        error = UserError(f"the loss is {total} at {where}: lower --lr, or --amp off; the last checkpoint is kept")
-        raise error if world.first else KeyboardInterrupt
     run.stop = run.stop or stop > 0
-    run.scaler.step(run.adam)
-    run.scaler.update()
-    run.adam.zero_grad()
-    run.rate.step()
+    update(run, batch, before, total)
     return total, iou
+
+
+def update(run, batch, before, loss):
+    """Adam and the rates take their step, if all numbers are finite: else the run ends, saved as it was before.
+
+    Infinite gradients under an fp16 scaler mean that its scale was too high: nothing moves but the scale, down to 1.
+    """
+    gradients = [x.grad for group in run.adam.param_groups for x in group["params"] if x.grad is not None]
+    largest = 0.0 if run.scaler.is_enabled() else torch.nn.utils.get_total_norm(gradients, math.inf).item()
+    scale, finite = run.scaler.get_scale(), math.isfinite(loss) and math.isfinite(largest)
+    if finite:
+        run.scaler.step(run.adam), run.scaler.update()
+    run.adam.zero_grad()
+    if finite and run.scaler.get_scale() >= scale:
+        return run.rate.step()
+    for x, good in zip(run.statistics, before, strict=True):
+        x.copy_(good)
+    run.skipped += 1
+    if not finite or scale < 1:
+        what = f"the loss is {loss}" if not math.isfinite(loss) else f"the largest gradient is {largest or math.inf}"
+        give_up(run, what, run.world.gather(batch["ref_id"].tolist()))
+
+
+def give_up(run, what, refs):
+    """Save the run as it stands, and end it."""
+    if not run.world.first:
+        raise KeyboardInterrupt
+    run.save("last.pt")
+    where = f"step {run.steps} (rate {run.rate.get_last_lr()}, refs {refs})"
+    raise UserError(f"{what} at {where}: lower --lr, or --amp off; {run.out / 'last.pt'} is the state before it")
 
 
 class Objective(nn.Module):
@@ -118,10 +141,6 @@ def grid_iou(logits, masks) -> float:
     return 100 * (both / either.clamp(min=1)).mean().item()
 
 
-def bar_rate(bar) -> float:
-    return bar.format_dict["rate"] or 0.0
-
-
 def schedule(kind, total):
     """Factor on the rates by step: "step" is the paper's, 0.1 after 35 of 50 epochs; "cosine" warms up and falls."""
     if kind == "step":
@@ -137,7 +156,8 @@ class Run:
     def __init__(self, args, model, device, dtype, total):
         self.args, self.model, self.device, self.dtype, self.total = args, model, device, dtype, total
         self.out, self.epoch, self.done, self.steps, self.best, self.minutes = Path(args.out), 0, 0, 0, -1.0, 0.0
-        self.totals, self.busy, self.stop = [0.0, 0.0], False, False
+        self.totals, self.busy, self.stop, self.skipped = [0.0, 0.0], False, False, 0
+        self.statistics = [x for _, x in model.tuned() if not x.requires_grad]  # BatchNorm's: a forward pass moves them
         self.world, self.objective = parallel.World(), Objective(model)
         parts = {1.0: [], "bridger": []}  # a parameter's `pace` slows it down: CLIP's own, where they learn
         for name, parameter in model.named_parameters():
@@ -164,10 +184,19 @@ class Run:
             torch.manual_seed(self.args.seed + 10**6 * world.rank + self.steps)
 
     def interrupt(self, *_):
-        """Ctrl-C or SIGTERM: stop after the step that is running, at once elsewhere."""
+        """Ctrl-C or SIGTERM: stop after the step that is running, or the end of an epoch; at once elsewhere."""
         if not self.busy:
             raise KeyboardInterrupt
         self.stop = True
+
+    @contextlib.contextmanager
+    def whole(self):
+        """A signal waits for the end of what runs inside, so that what is saved is never half of it."""
+        self.busy = True
+        yield
+        self.busy = False
+        if self.stop:
+            raise KeyboardInterrupt
 
     def state(self) -> dict:
         """What a checkpoint holds: plain containers and tensors only, so that it loads with weights_only=True."""
@@ -183,9 +212,9 @@ class Run:
 
     def save(self, name, resumable=True):
         """Written beside and renamed, so a file of that name is whole. best.pt leaves out what resuming needs."""
-        state = self.state()
-        torch.save(state if resumable else state | {"training": None}, self.out / f"{name}.part")
-        os.replace(self.out / f"{name}.part", self.out / name)
+        state, file = self.state(), io.BytesIO()
+        torch.save(state if resumable else state | {"training": None}, file)
+        write_file(self.out / name, file.getbuffer())
 
     def restore(self, path):
         """Go on where `path` stood. UserError where it belongs to another model, data set or length of run."""
@@ -298,11 +327,15 @@ def largest(source, count) -> tuple[Source, Source]:
     return Source(source.name, source.split, (*items,) * 40), Source(source.name, source.split, (*items,))
 
 
-def open_evaluation(args, split):
-    """A split of the data set (of the first one, where --dataset mixes several)."""
+def open_evaluation(args, split, instead):
+    """A split of the data set (of the first one, where --dataset mixes several), or `instead`, and that is said."""
     name = args.dataset if Path(args.dataset).is_dir() else args.dataset.split(",")[0]
     limit = args.limit or (ENOUGH.get(split) if name in FLAVOURS else None)
-    return open_dataset(name, split, args.data, limit, args.size)
+    try:
+        return open_dataset(name, TEST.get(name, split) if split == "test" else split, args.data, limit, args.size)
+    except UserError as error:
+        print(f"{'testing' if split == 'test' else 'validating'} on the {instead.split} split: {error}")
+        return instead
 
 
 def open_sources(args):
@@ -310,11 +343,7 @@ def open_sources(args):
     train = open_dataset(args.dataset, "train", args.data, args.limit, args.size)
     if args.overfit:
         return largest(train, args.overfit)
-    try:
-        return train, open_evaluation(args, "val")
-    except UserError as error:
-        print(f"validating on the train split: {error}")
-        return train, train
+    return train, open_evaluation(args, "val", train)
 
 
 def prepare_folder(args):
@@ -335,7 +364,8 @@ def resume(run):
     """Restore `--resume`'s checkpoint, or start fresh, saying so, where OUT holds none."""
     path = run.out / "last.pt" if run.args.resume is True else Path(run.args.resume)
     if path.exists() or run.args.resume is not True:
-        run.restore(path)
+        with blame(path, "it is damaged: give another --resume"):
+            run.restore(path)
         print(f"going on from {path} at step {run.steps:,} of {run.total:,}")
     else:
         print(f"{path} is not there: starting fresh")
@@ -358,23 +388,25 @@ def fit(run, train_source, val_source):
         start = time.time()
         loss, iou = train_epoch(run, train_source, bar)
         val = validate(run, val_source)
-        run.epoch, run.done, run.totals = run.epoch + 1, 0, [0.0, 0.0]
-        if silent:
-            continue
-        run.log(epoch=run.epoch, step=run.steps, loss=loss, train_IoU=iou, val=val, rate=run.rate.get_last_lr(),
-                seconds=round(time.time() - start, 1))  # fmt: skip
-        tqdm.write(f"epoch {run.epoch}: loss {loss:.3f}, val oIoU {val['oIoU']:.1f} mIoU {val['mIoU']:.1f}")
-        if val["mIoU"] > run.best:
-            run.best = val["mIoU"]
-            run.save("best.pt", resumable=False)
-        run.save("last.pt")
-        draw_curves(run.out)
-        draw_predictions(run.model, val_source, run.out / f"predictions_{run.epoch:02d}.png")
+        with run.whole():
+            run.epoch, run.done, run.totals = run.epoch + 1, 0, [0.0, 0.0]
+            if silent:
+                continue
+            run.log(epoch=run.epoch, step=run.steps, loss=loss, train_IoU=iou, val=val, rate=run.rate.get_last_lr(),
+                    seconds=round(time.time() - start, 1))  # fmt: skip
+            tqdm.write(f"epoch {run.epoch}: loss {loss:.3f}, val oIoU {val['oIoU']:.1f} mIoU {val['mIoU']:.1f}")
+            if val["mIoU"] > run.best:
+                run.best = val["mIoU"]
+                run.save("best.pt", resumable=False)
+            draw_curves(run.out)
+            draw_predictions(run.model, val_source, run.out / f"predictions_{run.epoch:02d}.png")
+            run.save("last.pt")  # last, so that a run killed before does all of this again
     bar.close()
 
 
-def finish(run, source):
+def finish(run, val_source):
     """best.pt, read by the first rank and copied to all, on the test split → result.json, with the run's minutes."""
+    source = val_source if run.args.overfit else open_evaluation(run.args, "test", val_source)
     if not run.world.first:
         return validate(run, source)
     restore_tuned(run.model, read_checkpoint(run.out / "best.pt"), run.out / "best.pt")
@@ -385,16 +417,6 @@ def finish(run, source):
     print(f"{source.name} {source.split}, {result['sentences']:,} sentences: {numbers}  ({minutes:.1f} minutes)")
     print(f"try it:  python predict.py {run.out / 'best.pt'} --image PICTURE --text SENTENCE")
     return result
-
-
-def test_source(args, val_source):
-    if args.overfit:
-        return val_source
-    try:
-        return open_evaluation(args, TEST.get(args.dataset.split(",")[0], "test"))
-    except UserError as error:
-        print(f"testing on {val_source.split}: {error}")
-        return val_source
 
 
 def seed_all(seed):
@@ -417,6 +439,7 @@ def interruptible(run, advice="the same command goes on"):
     try:
         yield
     except KeyboardInterrupt:
+        run.busy = True  # whoever is impatient does not break what is saved
         run.save("last.pt")
         print(f"\nstopped at step {run.steps:,}; {advice}", file=sys.stderr)
         raise SystemExit(130) from None
@@ -428,6 +451,7 @@ def interruptible(run, advice="the same command goes on"):
 def prepare(args, world):
     """The same in every process, and where a user's mistakes show → run, train and val sources."""
     seed_all(args.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS cannot be
     torch.use_deterministic_algorithms(args.deterministic)
     device, why = pick_device(args.device)
     dtype, why_dtype = pick_dtype(device, args.amp)
@@ -450,7 +474,7 @@ def follow(world, args):
         resume(run)
     run.join(world)
     fit(run, train_source, val_source)
-    finish(run, test_source(args, val_source))
+    finish(run, val_source)
 
 
 @command
@@ -461,10 +485,10 @@ def main(argv=None):
         with parallel.following():
             return follow(world, args)
     run, train_source, val_source = prepare(args, world)
-    prepare_folder(args)
     if args.resume:
         resume(run)
-    else:
+    prepare_folder(args)
+    if not (run.out / "log.jsonl").exists():
         run.log(**provenance(args, run.model), processes=args.processes)
     if args.overfit:
         print(f"the logit grid's ceiling: mIoU {grid_ceiling(val_source, args.size)['mIoU']:.1f}")
@@ -472,7 +496,7 @@ def main(argv=None):
         run.join(world)
         with interruptible(run, f"go on with --resume --out {run.out}"):
             fit(run, train_source, val_source)
-        finish(run, test_source(args, val_source))
+        finish(run, val_source)
 
 
 if __name__ == "__main__":
