@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from pycocotools import mask as coco
 from torch.utils.data import ConcatDataset, DataLoader
-from torchvision.transforms.v2.functional import resize
 
 from clip_model import PIXEL_MEAN, PIXEL_STD, SEED, Parser, UserError, command, integer, is_blank, tokenize
 from scenes import FLAVOURS, SPLITS, Scenes
@@ -83,10 +82,11 @@ class Source:
         return {"refs": len(self)} | (more if refs else {})
 
 
-def open_dataset(name, split, data=None, limit=None, side=160) -> Source:
+def open_dataset(name, split, data=None, limit=None, side=160, skipped=None) -> Source:
     """A Source by name: scenes, scenes+, scenes-g, a RefCOCO set (REFER), a folder with refs.jsonl, a comma's mix.
 
     data: the folder that `prepare.py` filled ("data"); limit: the first so many objects; side: pixels of a scene.
+    skipped: a list for what is wrong with lines of refs.jsonl, which else is a UserError.
     In a mix no picture trains that an evaluation split of the sets in it shows (FACTS 1.8: leaks).
     """
     if limit is not None and limit < 1:
@@ -94,7 +94,7 @@ def open_dataset(name, split, data=None, limit=None, side=160) -> Source:
     names = [name] if Path(name).is_dir() else [part.strip() for part in name.split(",")]
     if len(names) > 1 and split != "train":
         raise UserError(f"{name}: a mix is for training; evaluate one data set at a time")
-    refs = {part: None if part in FLAVOURS else read_refs(part, Path(data or "data")) for part in names}
+    refs = {part: None if part in FLAVOURS else read_refs(part, Path(data or "data"), skipped) for part in names}
     if len(names) > 1:
         shown = {ref.image_id for part in names if part in REFER for ref in refs[part] if ref.split != "train"}
         for part in [part for part in refs if part in REFER]:
@@ -106,11 +106,11 @@ def open_dataset(name, split, data=None, limit=None, side=160) -> Source:
     return parts[0] if len(parts) == 1 else Source(name, split, ConcatDataset(parts))
 
 
-def read_refs(name, data) -> list[Item]:
+def read_refs(name, data, skipped=None) -> list[Item]:
     if name not in REFER and not Path(name, "refs.jsonl").is_file():
         known = ", ".join([*FLAVOURS, *REFER])
         raise UserError(f"no data set {name!r}: choose {known}, or a folder with refs.jsonl ({RECORD})")
-    return read_refer(name, data) if name in REFER else read_folder(Path(name))
+    return read_refer(name, data) if name in REFER else read_folder(Path(name), skipped)
 
 
 def choose(name, split, refs, limit, side) -> list[Item] | Scenes:
@@ -138,15 +138,21 @@ def missing_in(folder) -> set[str]:
 
 
 @contextlib.contextmanager
-def blame(thing, remedy):
-    """Whatever goes wrong inside is told as one line about `thing`: a damaged or hostile file can fail in any way."""
+def blame(thing, remedy, skipped=None):
+    """Whatever goes wrong inside is told as one line about `thing`: a damaged or hostile file can fail in any way.
+
+    skipped: a list that takes the line; without it the line is a UserError.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        raise UserError(f"{thing}: {' '.join(reason.split())[:200]}: {remedy}") from None
+        line = f"{thing}: {' '.join(reason.split())[:200]}: {remedy}"
+        if skipped is None:
+            raise UserError(line) from None
+        skipped.append(line)
 
 
 class NoClasses(pickle.Unpickler):
@@ -174,13 +180,13 @@ def read_refer(name, data) -> list[Item]:
     return refs
 
 
-def read_folder(folder) -> list[Item]:
+def read_folder(folder, skipped=None) -> list[Item]:
     """A folder of one's own: refs.jsonl, one JSON object a line (RECORD; sent_ids and ref_id where wanted)."""
     path, refs, numbers = folder / "refs.jsonl", {}, {}
     with blame(path, "save it as UTF-8 text"):
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     for count, line in enumerate(lines, 1):
-        with blame(f"{path} line {count}", RECORD):
+        with blame(f"{path} line {count}", RECORD, skipped):
             if line.strip():
                 record = json.loads(line)
                 sentences, files = record["sentences"], [record["image"], record["mask"]]
@@ -272,24 +278,31 @@ class Box:
         return F.pad(values, (left, self.size - left - width, top, self.size - top - height))
 
 
+def resize(values, size, mode, antialias) -> torch.Tensor:
+    """(…, h, w) -> (…, H, W), uint8 or float: what torchvision's does, bit for bit, without seconds of importing it."""
+    flat = values.reshape(1, -1, *values.shape[-2:])
+    resized = F.interpolate(flat, size, mode=mode, align_corners=False, antialias=antialias)
+    return resized.reshape(*values.shape[:-2], *size)
+
+
 def letterbox(picture, size) -> tuple[torch.Tensor, Box]:
     """uint8 (H, W, 3) -> float32 (3, S, S), normalised as CLIP's, and its Box. The border, CLIP's mean colour, is 0."""
     box = Box(size, picture.shape[:2])
-    pixels = resize(torch.from_numpy(picture).permute(2, 0, 1), box.rectangle[2:], Image.BICUBIC, antialias=True)
+    pixels = resize(torch.from_numpy(picture).permute(2, 0, 1), box.rectangle[2:], "bicubic", antialias=True)
     return box.paste((pixels.contiguous().float() - MEAN) / STD), box
 
 
 def letterbox_mask(mask, box) -> torch.Tensor:
     """bool (H, W) -> float32 (1, S, S): edges are soft where the picture was resized, the border is 0."""
     values = torch.from_numpy(mask).float()[None]
-    return box.paste(resize(values, box.rectangle[2:], Image.BILINEAR, antialias=True))
+    return box.paste(resize(values, box.rectangle[2:], "bilinear", antialias=True))
 
 
 def unletterbox(maps, box) -> torch.Tensor:
     """(…, S, S) -> (…, H, W): the picture's rectangle, back at its own size by bicubic interpolation."""
     top, left, height, width = box.rectangle
-    inside = maps[None, ..., top : top + height, left : left + width]
-    return resize(inside, box.original, Image.BICUBIC, antialias=False)[0]
+    inside = maps[..., top : top + height, left : left + width]
+    return resize(inside, box.original, "bicubic", antialias=False)
 
 
 class TrainSet:
