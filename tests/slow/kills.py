@@ -57,7 +57,8 @@ def start(out, steps) -> int:
 
 
 def stamp(path):
-    return path.stat().st_mtime_ns if path.exists() else None
+    with contextlib.suppress(FileNotFoundError):
+        return path.stat().st_mtime_ns
 
 
 def ended(pid, block=False):
@@ -76,9 +77,10 @@ def kill(pid, out, kind, moment, seconds) -> dict:
             os.kill(pid, kind)
             status = ended(pid, block=True)
             break
-        time.sleep(0.001)
+        time.sleep(0.0005)
     at = read_checkpoint(out / "last.pt")["training"]["steps"] if (out / "last.pt").exists() else 0
-    return {"signal": kind.name, "moment": moment, "after": round(time.time() - begin, 2), "status": status, "at": at}
+    return {"signal": kind.name, "moment": moment, "seconds": round(time.time() - begin, 2), "status": status,
+            "steps_saved": at, "half_written": stamp(part) is not None}  # fmt: skip
 
 
 def leaves(x, name="") -> dict:
