@@ -4,6 +4,8 @@ max|Δ| / max|·| ≤ 1e-10 in float64 and ≤ 1e-4 in float32, for logits and f
 """
 
 import copy
+from dataclasses import astuple
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+import benchmark
 import train
 import tuning
 from clip_model import CLIP, Attention, Norm, Size, build_clip, fill_by_name, tokenize
@@ -281,3 +284,52 @@ def test_compiling_leaves_names_and_numbers(monkeypatch, tmp_path):
         states.append(torch.load(out / "last.pt", weights_only=True)["tuned"])
     assert len(compiled) == 1
     assert_same({n: x.double() for n, x in states[0].items()}, {n: x.double() for n, x in states[1].items()}, 1e-4)
+
+
+# ---- benchmark.py
+def test_the_ladder_leads_from_the_plain_path_to_what_training_does():
+    """No trick on the first rung; on the last the modules, layout and optimiser of train.py; one more on each."""
+    bench = benchmark.Bench("etris", "tiny", torch.device("cpu"), "random")
+    rungs = benchmark.ladder(bench.device)
+    climb = list(rungs.values())[: list(rungs).index(benchmark.FAST) + 1]
+    assert climb[0] == benchmark.Tricks() and climb[-1].fused and climb[-1].channels_last
+    assert all(sum(a != b for a, b in zip(astuple(x), astuple(y), strict=True)) == 1 for x, y in pairwise(climb))
+    switches = [module for module in bench.model.modules() if hasattr(module, "fast")]
+    bench.fill(1, 32).dress(climb[-1])
+    assert all(module.fast for module in switches) and bench.model.clip.visual.conv1.weight.is_contiguous(
+        memory_format=torch.channels_last
+    )
+    bench.dress(climb[0])
+    assert not any(module.fast for module in switches) and bench.model.clip.visual.conv1.weight.is_contiguous()
+
+
+def test_what_the_benchmark_measures_adds_up():
+    """Three parts are the step; parts of the model are 100 %; the peak grows with the batch; and no weight moves."""
+    bench = benchmark.Bench("etris", "tiny", torch.device("cpu"), "random").fill(1, 32)
+    before = {name: x.clone() for name, x in bench.model.named_parameters()}
+    tricks = benchmark.ladder(bench.device)[benchmark.FAST]
+    spent = bench.step(tricks)
+    assert spent.pop("train_step") == pytest.approx(sum(spent.values())) and min(spent.values()) > 0
+    rows = list(benchmark.part_rows(bench, tricks))
+    assert {"part: text", "part: bridger", "part: picture: layer3", "part: projector"} <= {row["row"] for row in rows}
+    assert sum(row["share"] for row in rows) == pytest.approx(100)
+    few, many = bench.memory(tricks), bench.fill(4, 32).memory(tricks)
+    weights = sum(x.nbytes for x in bench.model.state_dict().values()) / 2**20
+    assert weights < few < many
+    assert all(torch.equal(x, before[name]) for name, x in bench.model.named_parameters())
+
+
+def test_variants_take_turns_and_the_first_round_is_not_counted():
+    order, clock = [], iter(range(1000))
+    functions = {name: lambda name=name: order.append(name) or {"step": next(clock)} for name in ("plain", "fast")}
+    times = benchmark.take_turns(functions, 0)
+    assert order[:6] == ["plain", "fast"] * 3 and times["plain"]["step"] == [2, 4, 6]
+    assert benchmark.middle([4.0, 1.0, 3.0, 2.0, 5.0])["quartiles"] == [2.0, 4.0]
+
+
+def test_computed_memory_is_the_line_through_the_measured():
+    """1 and 2 measured at 110 and 120 MB: 8 is 180."""
+    bench = type("Fake", (), {"fill": lambda self, n: type("Filled", (), {"memory": lambda _, tricks: 100 + 10 * n})()})
+    rows = list(benchmark.memory_rows(bench(), {"plain": None}, (1, 2), (2, 8)))
+    assert [(row["batch"], row["memory_mb"], row["how"]) for row in rows] == [
+        (1, 110, "measured"), (2, 120, "measured"), (8, 180, "computed")]  # fmt: skip
