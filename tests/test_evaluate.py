@@ -272,7 +272,7 @@ def test_the_command_writes_what_it_prints(bright_folder, bright_model, monkeypa
     for expected in ("2 refs, 4 sentences, 2 images", "every sentence", "> 0.35", "1 sentences are longer", "Pr@0.9"):
         assert expected in printed
     assert f"{result['oIoU']:.2f}" in printed and result["checkpoint"] == "x.pt"
-    rows = list(csv.DictReader((out / "r.csv").open()))
+    rows = list(csv.DictReader((out / "r.csv").read_text().splitlines()))
     assert [row["sentence"] for row in rows][:2] == ["bright", "dark"] and len(rows) == 4
     saved = {path.name: np.asarray(Image.open(path)) for path in (out / "masks").iterdir()}
     assert sorted(saved) == ["0_0.png", "0_1.png", "0_2.png", "1_0.png"]

@@ -36,7 +36,7 @@ def install(python, room) -> Path:
 
 def test(own, file) -> dict:
     """One test file's closing line, and what failed."""
-    command = [own, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    command = [own, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", file]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, env=os.environ)
     lines = done.stdout.splitlines()
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
