@@ -334,7 +334,8 @@ def machine(device) -> dict:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return {"row": "machine", "device": device.type, "hardware": f"{name}, {platform.machine()}",
-            "torch": torch.__version__, "commit": git.stdout.strip(), "load_before": getattr(os, "getloadavg", lambda: [None])()[0],
+            "torch": torch.__version__, "commit": git.stdout.strip(),
+            "load_before": getattr(os, "getloadavg", lambda: [None])()[0],  # Windows has none
             "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])}  # fmt: skip
 
 
