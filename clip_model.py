@@ -8,6 +8,7 @@ B batch · L words · D text width · C channels · H W grid · N = H·W places
 """
 
 import argparse
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -62,6 +63,8 @@ def command(main):
 
     @functools.wraps(main)
     def run(argv=None):
+        with contextlib.suppress(AttributeError):  # a notebook's stdout; elsewhere a name it cannot print is spelt out
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
         except UserError as error:  # from a loading process it comes with torch's traceback

@@ -13,6 +13,8 @@ import io
 import itertools
 import json
 import os
+import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -62,11 +64,14 @@ def predict_probabilities(model, images, tokens, **owner) -> torch.Tensor:
 
 
 class EvalSet(TrainSet):
-    """Objects with all their K sentences, and the mask at the picture's own size."""
+    """Objects with all their K sentences, and the mask at the picture's own size; `wrong` with one it cannot read."""
 
     def __getitem__(self, i):
         """image (3, S, S), tokens (K, L), mask bool (H, W), box, cut (K,), and the item's ids, sentences, kinds."""
-        item = self.source[i]
+        try:
+            item = self.source[i]
+        except UserError as error:
+            return {"wrong": error}
         image, box = letterbox(item.picture, self.size)
         longer = tokenize(item.sentences, self.words + 1)
         names = ("ref_id", "image_id", "sent_ids", "sentences", "kinds", "things", "target", "occlusion")
@@ -95,22 +100,23 @@ def predict_masks(model, batch, device, threshold, dtype) -> list[torch.Tensor]:
 
 @torch.inference_mode()
 def evaluate(model, source, device="cpu", *, limit=None, batch_size=32, threshold=THRESHOLD, dtype=None, workers=0,
-             progress=True, save_masks=None, world=ALONE) -> tuple[dict, list[dict]]:  # fmt: skip
+             progress=True, save_masks=None, keep_going=False, world=ALONE) -> tuple[dict, list[dict]]:  # fmt: skip
     """Every sentence of the first `limit` objects -> (result, one row per sentence).
 
     result: summarise's numbers, counts and protocol; row: ref_id, sent_id, sentence, I, U, IoU in percent; of scenes
     also kind, objects, occlusion, and where a sentence names a digit, that digit and the thing found.
     dtype: of autocast, None for none; save_masks: a folder. The model returns to the mode, train or eval, it had.
+    keep_going: an object that cannot be read is told and counted, else it is a UserError.
     world: the processes that share the work, an object each once; all get the whole answer.
     """
     count = len(source) if limit is None else min(limit, len(source))
     objects = EvalSet(Subset(source, world.part(count)), model.size, model.words)
     loader = DataLoader(objects, batch_size=None, num_workers=workers)
     bar = tqdm(loader, "evaluate", disable=not progress or None, leave=False)  # None: off where nobody looks
-    was_training, rows, seen = model.training, [], []
+    was_training, rows, seen, skipped = model.training, [], [], []
     model.eval()
     try:
-        for batch in sentence_batches(bar, batch_size):
+        for batch in sentence_batches(readable(bar, keep_going, skipped), batch_size):
             masks = predict_masks(model, batch, device, threshold, dtype)
             for (item, k), mask in zip(batch, masks, strict=True):
                 seen.append((item["image_id"], int(item["cut"][k])))
@@ -119,11 +125,31 @@ def evaluate(model, source, device="cpu", *, limit=None, batch_size=32, threshol
                     write_picture(Path(save_masks, f"{item['ref_id']}_{item['sent_ids'][k]}.png"), mask.cpu().numpy())
     finally:
         model.train(was_training)
-    rows, (images, cut) = world.gather(rows), zip(*world.gather(seen), strict=True)
-    counts = {"sentences": len(rows), "refs": count, "images": len(set(images)), "cut": sum(cut)}
+    rows, seen, skipped = world.gather(rows), world.gather(seen), len(world.gather(skipped))
+    if not rows:
+        raise UserError(f"{source.name} {source.split}: all objects were skipped: nothing is left to measure")
+    images, cut = zip(*seen, strict=True)
+    counts = {"sentences": len(rows), "refs": count - skipped, "images": len(set(images)), "cut": sum(cut)}
+    counts |= {"skipped": skipped}
     protocol = {"threshold": threshold, "resolution": "original", "policy": "every sentence", "size": model.size}
     where = {"dataset": source.name, "split": source.split, "words": model.words}
     return summarise([row["I"] for row in rows], [row["U"] for row in rows]) | counts | protocol | where, rows
+
+
+def readable(items, keep_going, skipped):
+    """The items that could be read. The first other one ends it all, or each is told on stderr and put down."""
+    for item in items:
+        if "wrong" not in item:
+            yield item
+        elif not keep_going:
+            raise item["wrong"]
+        else:
+            skipped.append(tell(item["wrong"]))
+
+
+def tell(wrong) -> str:
+    print(f"skipped: {wrong}", file=sys.stderr)
+    return str(wrong)
 
 
 def score(item, k, mask) -> dict:
@@ -194,6 +220,13 @@ def grid_ceiling(source, size) -> dict[str, float]:
     return summarise(*zip(*table, strict=True))
 
 
+def check_writable(path, folder=False):
+    """UserError, before any work, where `path` cannot become a file (a folder)."""
+    there = next((place for place in (Path(path), *Path(path).parents) if place.exists()), Path())
+    if there.is_dir() != (folder or there != Path(path)) or not os.access(there, os.W_OK):
+        raise UserError(f"{path} cannot be written: {there} is in the way: name another")
+
+
 def write_file(path, content: bytes):
     """Whole or not at all: written beside, then moved into place."""
     path = Path(path)
@@ -231,9 +264,10 @@ def table(result) -> str:
     counts = ", ".join(f"{result[what]:,} {what}" for what in ("refs", "sentences", "images"))
     how = f"at the picture's own size, probability > {result['threshold']}, model at {result['size']}"
     cut = f"{result['cut']:,} sentences are longer than {result['words']} tokens and were cut" if result["cut"] else ""
+    skipped = f"{result['skipped']:,} skipped, for they cannot be read" if result.get("skipped") else ""
     names = ["oIoU", "mIoU", *(f"Pr@{x}" for x in PRECISIONS)]
     numbers = [" ".join(f"{name:>7}" for name in names), " ".join(f"{result[name]:7.2f}" for name in names)]
-    lines = [f"{result['dataset']} {result['split']}: {counts}", f"{result['policy']}, {how}", cut, *numbers]
+    lines = [f"{result['dataset']} {result['split']}: {counts}", f"{result['policy']}, {how}", cut, skipped, *numbers]
     return "\n".join(line for line in lines if line)
 
 
@@ -253,19 +287,32 @@ def main(argv=None):
     add("--batch-size", type=integer(), default=32, help="sentences at a time (32)")
     add("--workers", type=integer(0, 64), default=0, help="processes that read pictures (0)")
     add("--device", choices=["cpu", "cuda", "mps"])
+    add("--keep-going", action="store_true", help="skip what cannot be read: said, and counted as skipped")
     add("--by", choices=BY, action="append", default=[], help="of scenes: the score by it, with a figure; repeatable")
     add("--threshold", type=float, default=THRESHOLD, help=f"of the probability ({THRESHOLD})")
     args = parser.parse_args(argv)
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold}: choose a probability, 0 to 1")
+    for name in filter(None, (args.json, args.csv)):
+        check_writable(name)
+    if args.json and args.json == args.csv:
+        raise UserError(f"--json {args.json} and --csv: give them different names")
+    if args.save_masks:
+        check_writable(args.save_masks, folder=True)
     device, reason = pick_device(args.device)
     print(f"device {device}: {reason}")
     if args.by and args.dataset not in FLAVOURS:
         raise UserError(f"--by {args.by[0]}: only drawn scenes know it: choose --dataset {', '.join(FLAVOURS)}")
     model = set_fast(load_checkpoint(args.checkpoint, args.weights, device))
-    source = open_dataset(args.dataset, args.split, args.data, args.limit, side=model.size)
-    more = {"threshold": args.threshold, "workers": args.workers, "save_masks": args.save_masks}
-    result, rows = evaluate(model, source, device, batch_size=args.batch_size, **more)
+    wrong_lines = [] if args.keep_going else None
+    source = open_dataset(args.dataset, args.split, args.data, args.limit, model.size, wrong_lines)
+    more = {"threshold": args.threshold, "workers": args.workers, "keep_going": args.keep_going}
+    with tempfile.TemporaryDirectory() as fresh:  # all masks or none, should a picture be bad
+        more |= {"batch_size": args.batch_size, "save_masks": args.save_masks and fresh}
+        result, rows = evaluate(model, source, device, **more)
+        for path in Path(fresh).iterdir():
+            write_file(Path(args.save_masks, path.name), path.read_bytes())
+    result["skipped"] += len([tell(line) for line in wrong_lines or ()])
     print(table(result))
     result |= {"by": {by: group_scores(rows, by) for by in args.by}} if args.by else {}
     for by, groups in result.get("by", {}).items():

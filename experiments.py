@@ -513,6 +513,7 @@ def main(argv=None):
     args.seeds = args.seeds or (5 if args.table == "question" else 3)
     args.small = args.backbone.startswith("tiny")
     args.steps = args.steps or (STEPS.get(args.table, FEW) if args.small else None)
+    settings(chosen_rows(args.table, args.rows)[0], args, more)  # what is wrong with the command shows here
     with only_one(args.results):
         read_results(table_path(args.table, args))  # before anything is trained
         done = run_table(args.table, args, more)

@@ -11,6 +11,7 @@ H W the picture's own height and width, once upright · S the side of the model'
 import io
 import json
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image, ImageOps
 
 from clip_model import Parser, UserError, command, is_blank, tokenize
 from data import count_cut, letterbox, read_picture, to_rgb, unletterbox
-from evaluate import THRESHOLD, predict_probabilities, write_file, write_picture
+from evaluate import THRESHOLD, check_writable, predict_probabilities, tell, write_file, write_picture
 from official import load_checkpoint, pick_device
 
 # Okabe and Ito's colours, told apart by colour-blind eyes too
@@ -74,6 +75,20 @@ def as_picture(image) -> np.ndarray:
     return to_rgb(ImageOps.exif_transpose(image))
 
 
+def label(sentence, width) -> str:
+    """A sentence as figures show it: in lines of `width`, at most 300 letters, none that cannot be drawn."""
+    letters = "".join(letter if letter.isprintable() else " " for letter in sentence)
+    return textwrap.fill(letters if len(letters) <= 300 else letters[:299] + "…", width)
+
+
+def png(figure, **options) -> bytes:
+    """The figure as a PNG's bytes; what matplotlib's font lacks, emoji and far scripts, is a box, without a word."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(buffer := io.BytesIO(), format="png", **options)
+    return buffer.getvalue()
+
+
 def overlay(picture, masks, sentences) -> bytes:
     """The picture with every mask in a colour of its own and a legend below, as the bytes of a PNG."""
     from matplotlib.colors import to_rgb as rgb  # here, for it is slow to import and `segment` does without
@@ -84,8 +99,7 @@ def overlay(picture, masks, sentences) -> bytes:
     for number, (mask, sentence) in enumerate(zip(masks, sentences, strict=True)):
         colour = COLOURS[number % len(COLOURS)]
         shown[mask] = 0.45 * shown[mask] + 0.55 * np.array(rgb(colour))
-        label = textwrap.fill(sentence, 60) + ("" if mask.any() else " (nothing found)")
-        handles.append(Patch(color=colour, label=label))
+        handles.append(Patch(color=colour, label=label(sentence, 60) + ("" if mask.any() else " (nothing found)")))
     height, width = (side / max(picture.shape[:2]) * 8 for side in picture.shape[:2])
     axis = (figure := Figure((max(width, 1), max(height, 1)), dpi=120)).add_axes((0, 0, 1, 1))
     axis.imshow(shown)
@@ -93,8 +107,7 @@ def overlay(picture, masks, sentences) -> bytes:
     legend = axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)
-    figure.savefig(buffer := io.BytesIO(), format="png", bbox_inches="tight")
-    return buffer.getvalue()
+    return png(figure, bbox_inches="tight")
 
 
 def contact_sheet(items, out):
@@ -107,10 +120,10 @@ def contact_sheet(items, out):
         axis.imshow(item.picture)
         axis.contour(item.mask, [0.5], colors=["black"], linewidths=[3])  # twice, to be seen on any colour
         axis.contour(item.mask, [0.5], colors=["white"], linewidths=[1])
-        lines = "\n".join(sentence[:44] for sentence in item.sentences[:4])
+        lines = "\n".join(label(sentence[:44], 44) for sentence in item.sentences[:4])
         axis.text(0.5, -0.03, lines, fontsize=8, ha="center", va="top", transform=axis.transAxes, parse_math=False)
         axis.axis("off")
-    figure.savefig(out, format="png", bbox_inches="tight")
+    write_file(out, png(figure, bbox_inches="tight"))
 
 
 def draw_predictions(model, source, path, count=6, threshold=THRESHOLD):
@@ -124,9 +137,9 @@ def draw_predictions(model, source, path, count=6, threshold=THRESHOLD):
         for axis, mask, title in ((above, item.mask, item.sentences[0]), (below, found, "predicted")):
             axis.imshow(item.picture)
             axis.imshow(np.ma.masked_equal(mask, False), cmap="spring", alpha=0.6, interpolation="nearest")
-            axis.set_title(textwrap.fill(title, 32), fontsize=8, parse_math=False)
+            axis.set_title(label(title, 32), fontsize=8, parse_math=False)
             axis.axis("off")
-    figure.savefig(path, dpi=90)
+    write_file(path, png(figure, dpi=90))
 
 
 def draw_curves(out):
@@ -144,7 +157,7 @@ def draw_curves(out):
         right.plot(steps, [line["val"][key] for line in lines], marker + "-", label=key, color=colour)
     right.set(xlabel="step", ylabel="val, percent", ylim=(0, 100))
     right.legend()
-    figure.savefig(Path(out, "curves.png"), dpi=120)
+    write_file(Path(out, "curves.png"), png(figure, dpi=120))
 
 
 def numbered(path, count) -> list[Path]:
@@ -182,14 +195,27 @@ def predict_file(model, path, sentences, threshold, out, mask=None, probability=
 
 def plan(args) -> list[tuple]:
     """(picture, overlay, mask, probability map) for each picture: --image names one or, with folders to write, many."""
-    wanted = [args.out or ("overlays" if Path(args.image).is_dir() else "overlay.png"), args.mask, args.probability]
-    if not Path(args.image).is_dir():
-        for name in wanted:
-            if name and Path(name).suffix.lower() != ".png":
-                raise UserError(f"{name}: results are written as PNG, name it so")
+    many = Path(args.image).is_dir()
+    wanted, taken = [args.out or ("overlays" if many else "overlay.png"), args.mask, args.probability], {args.image}
+    for name in filter(None, wanted):
+        if not many and Path(name).suffix.lower() != ".png":
+            raise UserError(f"{name}: results are written as PNG, name it so")
+        if Path(name).resolve() in {Path(other).resolve() for other in taken}:
+            raise UserError(f"{name}: would be written over: give --image, --out, --mask and --probability other names")
+        check_writable(name, folder=many)
+        taken.add(name)
+    if not many:
         return [(args.image, *wanted)]
     pictures = pictures_in(args.image).items()
     return [(path, *(folder and Path(folder, f"{name}.png") for folder in wanted)) for name, path in pictures]
+
+
+def bad_picture(path):
+    """What is wrong with it, or None."""
+    try:
+        read_picture(path)
+    except UserError as error:
+        return error
 
 
 @command
@@ -203,19 +229,26 @@ def main(argv=None):
     add("--mask", metavar="FILE", help="the mask, 0 and 255; mask_1.png, mask_2.png … for several sentences")
     add("--probability", metavar="FILE", help="the probabilities, 0 to 255")
     add("--threshold", type=float, default=THRESHOLD, help=f"of the probability ({THRESHOLD})")
+    add("--keep-going", action="store_true", help="skip pictures of a folder that cannot be read: said and counted")
     add("--weights", metavar="FILE", help="of the frozen CLIP, where it is not in the cache")
     add("--device", choices=["cpu", "cuda", "mps"])
     args = parser.parse_args(argv)
     if any(map(is_blank, args.text)) or not 0 <= args.threshold <= 1:
         raise UserError(f"--text {args.text} --threshold {args.threshold}: no sentence may be empty; 0 to 1")
     todo = plan(args)
-    for path, *_ in todo:
-        read_picture(path)  # a bad picture is said before anything is written
+    bad = {path: error for path, *_ in todo if (error := bad_picture(path))}  # said before anything is written
+    if bad and not (args.keep_going and len(bad) < len(todo)):
+        raise next(iter(bad.values()))
     model = load(args.checkpoint, args.weights, args.device)
     if cut := count_cut(args.text, model.words):
         print(f"{cut} of the sentences are longer than {model.words} tokens, the end is cut")
     for path, *files in todo:
-        predict_file(model, path, args.text, args.threshold, *files)
+        if path in bad:
+            tell(bad[path])
+        else:
+            predict_file(model, path, args.text, args.threshold, *files)
+    if bad:
+        print(f"{len(todo) - len(bad)} of {len(todo)} pictures, {len(bad)} skipped")
 
 
 if __name__ == "__main__":

@@ -307,6 +307,8 @@ def complete(args):
     preset = presets[args.backbone]
     if args.lr is not None and not 0 < args.lr < 1:
         raise UserError(f"--lr {args.lr}: choose a rate between 0 and 1, such as {preset['lr']}")
+    if args.steps and args.epochs:
+        raise UserError(f"--steps {args.steps} and --epochs {args.epochs}: give one of them, the other follows")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise UserError(f"--dropout {args.dropout}: choose a share from 0 to below 1")
     args.bridge_lr = preset["bridge_lr"] * ((args.lr or preset["lr"]) / preset["lr"])
@@ -366,7 +368,7 @@ def resume(run):
     if path.exists() or run.args.resume is not True:
         with blame(path, "it is damaged: give another --resume"):
             run.restore(path)
-        print(f"going on from {path} at step {run.steps:,} of {run.total:,}")
+            print(f"going on from {path} at step {run.steps:,} of {run.total:,}")
     else:
         print(f"{path} is not there: starting fresh")
 

@@ -45,9 +45,9 @@ def parse(tuning: str) -> list[str]:
     """The names that `tuning` joins by +, in the order of METHODS; UserError names those there are."""
     names = [name.strip() for name in tuning.split("+")]
     wrong = [name for name in names if name not in METHODS or names.count(name) > 1]
-    if wrong:
-        raise UserError(f"--tuning {tuning!r}: {wrong[0]!r} is unknown or twice there: join some of "
-                        f"{', '.join(METHODS)} by +")  # fmt: skip
+    if wrong or {"frozen", "bridger"} <= set(names):
+        raise UserError(f"--tuning {tuning!r}: {(wrong or names)[0]!r} is unknown, twice there or against another: "
+                        f"join some of {', '.join(METHODS)} by +")  # fmt: skip
     return [name for name in METHODS if name in names]
 
 
