@@ -18,9 +18,9 @@ from clip_model import CLIP, Attention, UserError, attend, load_clip, padding, r
 from etris import ETRIS, GlobalAlignment, HierarchicalAlignment, Projector, check_size, positions, start_small
 
 PAPER = {"size": 416, "epochs": 50, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 144,
-         "dropout": 0.1, "words": 17}  # 17 on G-Ref too (SPEC 6.3, 7) # fmt: skip
+         "dropout": 0.1, "beta2": 0.999, "words": 17}  # 17 on G-Ref too (SPEC 6.3, 7) # fmt: skip
 TINY = {"size": 96, "epochs": 3, "batch_size": 16, "lr": 1.5e-3, "bridge_lr": 1.5e-3, "schedule": "cosine",
-        "width": 48, "dropout": 0.0}  # fmt: skip
+        "width": 48, "dropout": 0.0, "beta2": 0.98}  # fmt: skip
 PRESETS = {"ViT-B-16": PAPER, "tiny-vit": TINY}  # width: the side network's
 NARROW, HEADS, QUERIES, PLANES = 32, 3, 128, 4  # inside of the prompt MLPs; side network; planar flows in a row
 

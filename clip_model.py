@@ -276,7 +276,7 @@ class AttentionPool(nn.Module):
     def dense(self, x):
         """(B, C, H, W) → (B, E, H, W): every place asks every place; no mean token (ETRIS, SPEC 1.1)."""
         height, width = x.shape[2:]
-        x = self.tokens(x)[:, 1:]
+        x = self.tokens(x)[:, 1:].contiguous()  # else F.linear multiplies picture by picture
         out, _ = attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, fast=self.fast)
         return self.c_proj(out).mT.unflatten(2, (height, width))
 
@@ -490,7 +490,7 @@ SIZES = {
     "ViT-B-16": Size(512, 224, 12, 768, 16, 512),
     "ViT-L-14": Size(768, 224, 24, 1024, 14, 768),
     "ViT-L-14-336px": Size(768, 336, 24, 1024, 14, 768),
-    "tiny": Size(128, 96, (1, 1, 1, 1), 16, None, 128, 3, 24),  # ours: pretrain.py made them, weights/ ships them
+    "tiny": Size(128, 128, (1, 1, 1, 1), 16, None, 64, 3, 24),  # ours: pretrain.py made them, weights/ ships them
     "tiny-vit": Size(128, 96, 6, 128, 16, 128, 3, 24),
 }
 

@@ -179,10 +179,12 @@ class DecoderLayer(nn.Module):
 class GlobalAlignment(nn.Module):
     """GA, equation 8. differs: the paper lets places attend to the sentence F_s, the code to the words, padding cut."""
 
-    def __init__(self, clip: CLIP, layers: int = 3, heads: int = 8):
+    def __init__(self, clip: CLIP, layers: int = 3):
         super().__init__()
-        self.layers = nn.ModuleList([DecoderLayer(clip.size.text_width, heads) for _ in range(layers)])
-        self.norm = nn.LayerNorm(clip.size.text_width)
+        width = clip.size.text_width
+        heads = max(1, min(8, width // 32))  # the original's 8; fewer where a head would have under 32 numbers
+        self.layers = nn.ModuleList([DecoderLayer(width, heads) for _ in range(layers)])
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, features, words, ignore):
         """features (B, D, h, w), words (B, L, D), ignore (B, L) → F_c (B, D, h, w)."""

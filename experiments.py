@@ -33,7 +33,7 @@ from data import REFER
 from etris import assemble
 from evaluate import evaluate, group_scores, write_file
 from official import pick_device, pick_dtype
-from scenes import FLAVOURS, Scenes
+from scenes import FLAVOURS
 from tuning import apply, build, parse
 
 VERSION = 1  # of the results files
@@ -123,25 +123,9 @@ TABLES = {
 
 
 # ------------------------------------------------------------------------------------------- what rows share
-class Once:
-    """A sequence whose items are made when first asked for, and kept: drawn scenes."""
-
-    def __init__(self, items):
-        self.items, self.kept = items, {}
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        if i not in self.kept:
-            self.kept[i] = self.items[i]
-        return self.kept[i]
-
-
 @functools.cache
 def open_split(dataset, split, data, limit, side):
-    source = train.open_dataset(dataset, split, data, limit, side)
-    return dataclasses.replace(source, items=Once(source.items)) if isinstance(source.items, Scenes) else source
+    return train.open_dataset(dataset, split, data, limit, side)
 
 
 def sources(args):
@@ -221,7 +205,7 @@ def frozen_hash(system, backbone, weights, size, seed):
 def configuration(own, row) -> dict:
     """All that decides a run's outcome. Two rows with the same one are the same run."""
     names = ("backbone", "dataset", "system", "size", "words", "batch_size", "accumulate", "schedule", "dropout",
-             "width", "lr", "bridge_lr", "weights", "limit", "seed", "steps", "amp")  # fmt: skip
+             "width", "lr", "bridge_lr", "beta2", "weights", "limit", "seed", "steps", "amp")  # fmt: skip
     sha = frozen_hash(own.system, own.backbone, own.weights, own.size, own.seed if own.weights == "random" else 0)
     fixed = {"tuning": "+".join(parse(own.tuning)), "frozen": sha, "data": data_hash(own)}
     return json.loads(json.dumps({name: getattr(own, name) for name in names} | fixed | row.options))

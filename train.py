@@ -39,10 +39,11 @@ from predict import draw_curves, draw_predictions
 from tuning import METHODS, SYSTEMS, build
 
 PAPER = {"size": 416, "epochs": 50, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 64,
-         "dropout": 0.1}  # fmt: skip
-TINY = {"size": 96, "epochs": 5, "batch_size": 16, "lr": 1.5e-3, "bridge_lr": 1.5e-3, "schedule": "cosine",
-        "width": 32, "dropout": 0.0}  # fmt: skip
-PRESETS = dict.fromkeys(SIZES, PAPER) | {"ViT-B-16": PAPER | {"bridge_lr": 1e-3}, "tiny": TINY, "tiny-vit": TINY}
+         "dropout": 0.1, "beta2": 0.999}  # fmt: skip
+TINY = {"size": 128, "epochs": 8, "batch_size": 32, "lr": 2e-3, "bridge_lr": 2e-3, "schedule": "cosine", "width": 32,
+        "dropout": 0.0, "beta2": 0.98}  # fmt: skip
+PRESETS = dict.fromkeys(SIZES, PAPER) | {"ViT-B-16": PAPER | {"bridge_lr": 1e-3}, "tiny": TINY,
+                                         "tiny-vit": TINY | {"size": 96}}  # fmt: skip
 WORDS = {"refcocog-umd": 22, "refcocog-google": 22, "scenes-g": 22}  # 17 elsewhere (section 4.2)
 ENOUGH = {"val": 200, "test": 500}  # of drawn scenes, which have no end
 TEST = {"refcoco": "testA", "refcoco+": "testA", "refcocog-google": "val"}  # "test" elsewhere
@@ -166,7 +167,8 @@ class Run:
                 parts.setdefault(part, []).append(parameter)
         rates = {part: args.bridge_lr if part == "bridger" else part * args.lr for part in parts}
         groups = [{"params": parts[part], "lr": rates[part]} for part in parts]
-        self.adam = torch.optim.Adam([group for group in groups if group["params"]], fused=device.type != "mps")
+        groups, fused = [group for group in groups if group["params"]], device.type != "mps"
+        self.adam = torch.optim.Adam(groups, betas=(0.9, args.beta2), fused=fused)
         self.rate = torch.optim.lr_scheduler.LambdaLR(self.adam, schedule(args.schedule, total))
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
         self.start = time.time()
@@ -289,7 +291,7 @@ def arguments(argv):
     add("--dropout", type=float)
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
     add("--workers", type=integer(0, 64), metavar="N", help="loading processes (0 on a CPU, else 4)")
-    add("--processes", type=integer(1, 64), default=1, metavar="N", help="(1) sharing a batch on a CPU; GPUs: torchrun")
+    add("--processes", type=integer(1, 64), metavar="N", help="that share a batch on a CPU (2 for tiny ones, else 1)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--seed", type=SEED, default=0)
     add("--deterministic", action="store_true", help="the same run twice on one machine, slower on a GPU")
@@ -313,8 +315,9 @@ def complete(args):
         raise UserError(f"--dropout {args.dropout}: choose a share from 0 to below 1")
     args.bridge_lr = preset["bridge_lr"] * ((args.lr or preset["lr"]) / preset["lr"])
     for key, value in preset.items():
-        if getattr(args, key) is None:
+        if getattr(args, key, None) is None:
             setattr(args, key, value)
+    args.processes = args.processes or min(2 if args.backbone.startswith("tiny") else 1, os.cpu_count() or 1)
     args.words = args.words or WORDS.get(args.dataset, 17)
     context = SIZES[args.backbone].context if args.backbone in SIZES else 77
     if not 3 <= args.words <= context:
