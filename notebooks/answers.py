@@ -32,7 +32,7 @@ CLIP = {
         (17, "17 is the length of the row; what is behind the end mark is padding"))),
     "01 RN101 stage 1": Exercise((1024, 26, 26), (
         ((512, 52, 52), "that is stage 0, layer2"),
-        ((256, 6, 6), "that is the tiny CLIP at 96 pixels; RN101 is four times as wide, 416 / 16 = 26"))),
+        ((256, 8, 8), "that is the tiny CLIP at 128 pixels; RN101 is four times as wide, 416 / 16 = 26"))),
     "01 causal": Exercise({2, 3, 4, 5, 6, 7}, (
         ({2}, "the words behind it have seen the changed word"),
         (set(range(8)), "the start mark and “the” stand before the change: they never see it"))),

@@ -126,7 +126,7 @@ def test_the_papers_settings_are_the_presets():
     """Section 4.2: 416, 50 epochs, batch 32, Adam 1e-4, the Bridger 1e-3 on a ViT, 0.1 after epoch 35."""
     args = train.arguments(["--backbone", "RN101", "--dataset", "refcoco"])
     assert (args.size, args.epochs, args.batch_size, args.words) == (416, 50, 32, 17)
-    assert (args.lr, args.bridge_lr) == (1e-4, 1e-4)
+    assert (args.lr, args.bridge_lr, args.beta2, args.processes) == (1e-4, 1e-4, 0.999, 1)
     args = train.arguments(["--backbone", "ViT-B-16", "--dataset", "refcocog-umd"])
     assert (args.lr, args.bridge_lr, args.words) == (1e-4, 1e-3, 22)
     factor = train.schedule("step", 50 * 1325)
@@ -228,3 +228,65 @@ def test_positive_numbers_only():
         train.arguments(["--steps", "0"])
     with pytest.raises(UserError):
         train.arguments(["--backbone", "?"])
+
+
+def test_the_rates_rise_and_fall_as_a_cosine():
+    """A thousand steps: the first 50 warm up; half way (1 + 99 / 2) %, at the end 1 % of the rate is left."""
+    factor = train.schedule("cosine", 1000)
+    assert [factor(step) for step in (500, 1000)] == pytest.approx([0.505, 0.01])
+    assert factor(0) == pytest.approx(1 / 51) and factor(49) == pytest.approx(50 / 51, rel=0.01)
+    rates = [factor(step) for step in range(50, 1001)]
+    assert rates == sorted(rates, reverse=True) and rates[0] == pytest.approx(1, rel=0.01)
+
+
+def test_what_is_not_asked_for_is_the_plain_case():
+    args = train.arguments([])
+    assert (args.seed, args.accumulate, args.processes, args.words) == (0, 1, 1, 17)
+    assert (args.out, args.recompute, args.compile, args.deterministic) == ("runs/latest", False, False, False)
+
+
+def test_the_log_begins_with_the_command_as_it_was_typed(tmp_path, monkeypatch):
+    """And a run folder may lie deeper than what is there."""
+    out = tmp_path / "deep" / "down"
+    monkeypatch.setattr("sys.argv", ["/somewhere/train.py", "--steps", "1"])
+    run(out, "--steps", 1)
+    first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    assert first["command"] == "python train.py --steps 1" and first["seed"] == 0
+
+
+def test_an_epochs_end_is_whole_though_a_signal_comes_while_its_best_is_saved(tmp_path, monkeypatch):
+    """The signal waits: best.pt, the log and last.pt tell of the same epoch; resumed, all is as if never stopped."""
+    whole, save = run(tmp_path / "whole", "--steps", 4), train.Run.save
+
+    def interrupted(state, name, **more):
+        if name == "best.pt":
+            monkeypatch.setattr(train.Run, "save", save)
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(state, name, **more)
+
+    monkeypatch.setattr(train.Run, "save", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "parts", "--steps", 4)
+    last, best = (read_checkpoint(tmp_path / "parts" / f"{name}.pt") for name in ("last", "best"))
+    assert stop.value.code == 130 and (last["training"]["epoch"], last["training"]["done"]) == (1, 0)
+    assert all(torch.equal(best["tuned"][name], x) for name, x in last["tuned"].items())
+    assert same(whole, run(tmp_path / "parts", "--steps", 4, "--resume"))
+
+
+def test_a_second_signal_does_not_break_what_the_first_one_saves(tmp_path, monkeypatch):
+    """Impatience: Ctrl-C again while last.pt is written."""
+    step, save = train.step, train.Run.save
+
+    def interrupted(state, batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(state, batch)
+
+    def again(state, name, **more):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(state, name, **more)
+
+    monkeypatch.setattr(train, "step", interrupted)
+    monkeypatch.setattr(train.Run, "save", again)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "a", "--steps", 4)
+    assert stop.value.code == 130 and read_checkpoint(tmp_path / "a" / "last.pt")["training"]["steps"] == 1
