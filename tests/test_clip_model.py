@@ -7,6 +7,8 @@ import torch
 
 from clip_model import (
     CLIP,
+    PIXEL_MEAN,
+    PIXEL_STD,
     SIZES,
     Attention,
     Size,
@@ -52,7 +54,7 @@ def test_the_tokenizer_agrees_with_open_clip_on_200_awkward_strings():
 
 
 def test_a_sentence_is_start_pieces_end_and_zeros():
-    """"a red cat" is three whole words; 49406 starts, 49407 ends, zeros fill."""
+    """ "a red cat" is three whole words; 49406 starts, 49407 ends, zeros fill."""
     assert tokenize("a red cat", 8).tolist() == [[49406, 320, 736, 2368, 49407, 0, 0, 0]]
     assert tokenizer().decode([320, 736, 2368]) == "a red cat "
 
@@ -185,3 +187,26 @@ def test_the_frozen_part_is_frozen_and_has_an_identity():
     clip = small()
     assert not any(p.requires_grad for p in clip.parameters()) and not clip.training
     assert len(clip.identity["sha256"]) == 64
+
+
+def test_pictures_are_normalised_as_openai_did():
+    """open_clip writes the same six numbers; a picture of one's own CLIP would not be what it was trained on."""
+    constants = pytest.importorskip("open_clip.constants", reason="open_clip_torch is not installed")
+    theirs = [*constants.OPENAI_DATASET_MEAN, *constants.OPENAI_DATASET_STD]
+    assert [*PIXEL_MEAN, *PIXEL_STD] == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-vit"])
+def test_a_clip_to_be_trained_starts_at_clips_own_scales(name):
+    """Projections and the class token at 1/√width, text positions at 0.01, the temperature at 1/0.01: ln 100."""
+    torch.manual_seed(0)
+    clip, size = CLIP(SIZES[name]), SIZES[name]
+    scales = {clip.text_projection: size.text_width**-0.5, clip.positional_embedding: 0.01}
+    if size.patch:
+        scales |= dict.fromkeys((clip.visual.proj, clip.visual.positional_embedding), size.width**-0.5)
+        scales[clip.visual.class_embedding] = size.width**-0.5
+    else:
+        scales[clip.visual.attnpool.positional_embedding] = (32 * size.width) ** -0.5
+    for tensor, scale in scales.items():
+        assert tensor.std().item() == pytest.approx(scale, rel=0.2)
+    assert clip.logit_scale.exp().item() == pytest.approx(100, rel=1e-3)

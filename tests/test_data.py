@@ -117,7 +117,7 @@ def test_a_ref_with_a_wrong_field_is_named(tmp_path, field, value):
     [[], [[1, 2]], {"size": [HEIGHT, WIDTH], "counts": [5, 5]}, {"counts": 3}, {"size": [2, 2], "counts": "04"}, 7,
      {"size": [HEIGHT, WIDTH], "counts": "04"}, {"size": [WIDTH, HEIGHT], "counts": [0, HEIGHT * WIDTH]},
      {"size": [HEIGHT, WIDTH], "counts": [-1, HEIGHT * WIDTH + 1]},
-     [[0, 0, 1e12, 0, 1e12, 1e12]], [[0, 0, float("nan"), 0, 5, 5]]],
+     [[0, 0, 1e12, 0, 1e12, 1e12]], [[0, 0, 2.5 * WIDTH, 0, 9, 9]], [[0, 0, float("nan"), 0, 5, 5]]],
 )  # fmt: skip
 def test_a_broken_mask_is_named(tmp_path, shape):
     """No polygon, one of one point, run lengths that end early or belong to a smaller or a turned picture.

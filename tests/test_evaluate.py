@@ -318,3 +318,10 @@ def test_every_split_of_the_real_sample_is_measured(refer_sample, bright_model):
     for split, sentences in {"train": 23, "val": 19, "testA": 30, "testB": 23}.items():
         result, rows = evaluate(bright_model, open_dataset("refcoco", split, refer_sample), progress=False)
         assert result["sentences"] == len(rows) == sentences and 0 <= result["oIoU"] <= 100
+
+
+def test_a_probability_of_exactly_the_threshold_is_not_over_it(bright_folder, bright_model):
+    """Every probability 0, whatever interpolates it: nothing is found with the threshold 0."""
+    bright_model.forward = lambda images, tokens: torch.full((len(images), 1, 32, 32), -200.0)
+    rows = evaluate(bright_model, open_dataset(str(bright_folder), "train"), progress=False, threshold=0)[1]
+    assert [row["I"] for row in rows] == [0] * 4

@@ -241,7 +241,7 @@ def test_the_rates_rise_and_fall_as_a_cosine():
 
 def test_what_is_not_asked_for_is_the_plain_case():
     args = train.arguments([])
-    assert (args.seed, args.accumulate, args.processes, args.words) == (0, 1, 1, 17)
+    assert (args.seed, args.accumulate, args.words) == (0, 1, 17)
     assert (args.out, args.recompute, args.compile, args.deterministic) == ("runs/latest", False, False, False)
 
 

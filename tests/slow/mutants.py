@@ -13,6 +13,7 @@ import ast
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[2]
 TESTS = {"clip_model": ["clip_model", "official"], "etris": ["etris", "official"], "data": ["data", "fuzz"],
-         "evaluate": ["evaluate", "fuzz"], "train": ["train"]}  # fmt: skip
+         "evaluate": ["evaluate", "fuzz"], "train": ["train", "parallel"]}  # fmt: skip
 OTHER = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
          ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.Add: ast.Sub,
          ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}  # fmt: skip
@@ -90,17 +91,23 @@ def catalogue(room) -> list[tuple]:
     return [(name, number) for name, count in counts.items() for number in range(count)]
 
 
-def first_failure(room, name, patience=900) -> str | None:
-    """The first failing test of a file's tests, "no end" after so many seconds, or None: all pass."""
+def first_failure(room, name, patience=600) -> str | None:
+    """The first failing test of a file's tests, "no end" after so many seconds of CPU, or None: all pass."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_CPU, (patience, patience))
+
     for tests in TESTS[name]:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/test_{tests}.py"]
         process = subprocess.Popen(command, cwd=room, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   start_new_session=True)  # fmt: skip
+                                   start_new_session=True, preexec_fn=limit)  # fmt: skip
         try:
-            said = process.communicate(timeout=patience)[0]
+            said = process.communicate(timeout=20 * patience)[0]
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+            return "no end"
+        if process.returncode == -signal.SIGKILL or process.returncode == -signal.SIGXCPU:
             return "no end"
         if process.returncode:
             lines = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
@@ -127,6 +134,8 @@ def prepare(room):
         room.mkdir(parents=True, exist_ok=True)
         tree = subprocess.run(["git", "archive", "HEAD"], cwd=HERE, stdout=subprocess.PIPE, check=True).stdout
         subprocess.run(["tar", "-x", "-C", room], input=tree, check=True)
+        commit = subprocess.run(["git", "describe", "--always"], cwd=HERE, capture_output=True, text=True).stdout
+        (room / "commit").write_text(commit)
     shutil.copytree(HERE / "tests", room / "tests", ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     shutil.copy(HERE / "pyproject.toml", room)
 
@@ -139,9 +148,8 @@ def main():
     parser.add_argument("--json", type=Path, default=HERE / "results" / "mutants.json")
     args = parser.parse_args()
     prepare(args.room)
-    commit = subprocess.run(["git", "describe", "--always"], cwd=HERE, capture_output=True, text=True).stdout.strip()
     command = f"python tests/slow/mutants.py --room DIR --seed {args.seed} --count {args.count}"
-    result = {"command": command, "commit": commit, "mutants": []}
+    result = {"command": command, "commit": (args.room / "commit").read_text().strip(), "mutants": []}
     if args.json.exists():
         result = json.loads(args.json.read_text())
     every = catalogue(args.room)
@@ -149,7 +157,7 @@ def main():
     for name, number in random.Random(args.seed).sample(every, args.count):
         row = rows.get((name, number))
         if row is None or not row["caught"] and "why" not in row:
-            rows[name, number] = attempt(args.room, name, number)
+            rows[name, number] = attempt(args.room, name, number) | ({"survived_older_tests": True} if row else {})
             print(rows[name, number], flush=True)
             caught = sum(bool(row["caught"]) for row in rows.values())
             result |= {"possible": len(every), "tried": len(rows), "caught": caught, "mutants": [*rows.values()]}
