@@ -111,7 +111,8 @@ def companions(world, count, follow, *args):
     except RuntimeError as error:
         if not lost(error):
             raise
-        raise UserError("a helper process ended early (too little memory?): go on with --processes 1") from error
+        why = "a helper process ended early (too little memory?): go on with --processes 1"
+        raise UserError(store.get("wrong").decode() if store.check(["wrong"]) else why) from error
     finally:
         for helper in helpers:
             helper.kill()  # they hold nothing worth saving
@@ -143,7 +144,10 @@ def helper(rank, count, port, threads, follow, args):
     with following():
         store = dist.TCPStore("127.0.0.1", port, count, False, timedelta(minutes=5))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=count)
-        follow(World(rank, count), *args)
+        try:
+            follow(World(rank, count), *args)
+        except UserError as error:  # such as a damaged picture in this rank's share: the first one says it
+            store.set("wrong", str(error))
 
 
 def end_with_parent():

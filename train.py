@@ -457,7 +457,8 @@ def prepare(args, world):
     """The same in every process, and where a user's mistakes show → run, train and val sources."""
     seed_all(args.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS cannot be
-    torch.use_deterministic_algorithms(args.deterministic)
+    if args.deterministic != torch.are_deterministic_algorithms_enabled():  # the call takes a second
+        torch.use_deterministic_algorithms(args.deterministic)
     device, why = pick_device(args.device)
     dtype, why_dtype = pick_dtype(device, args.amp)
     args.workers = (0 if device.type == "cpu" else 4) if args.workers is None else args.workers
