@@ -159,6 +159,14 @@ def test_attention_is_a_weighted_mean_written_as_a_loop():
         assert torch.allclose(module(x, y, ignore=ignore)[0], torch.stack(rows), atol=1e-6)
 
 
+def test_random_weights_keep_the_size_of_what_passes_through():
+    """N(0, 1/fan-in): 64 numbers in, so a standard deviation of 1/8; norms are the identity, biases 0."""
+    state = fill_by_name({"a.weight": torch.empty(500, 4, 4, 4), "ln.weight": torch.empty(9), "b.bias": torch.ones(9)})
+    assert state["a.weight"].std().item() == pytest.approx(1 / 8, rel=0.05)
+    assert state["ln.weight"].unique().tolist() == [1] and state["b.bias"].unique().tolist() == [0]
+    assert load_clip("tiny", "random").identity["weights"] == "random, seed 0"
+
+
 def test_random_weights_depend_on_name_and_seed_alone():
     a, b, c = (load_clip("tiny", "random", seed).state_dict() for seed in (0, 0, 1))
     name = "visual.layer2.0.conv2.weight"

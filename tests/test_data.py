@@ -463,3 +463,15 @@ def test_a_picture_that_prepare_noted_as_missing_is_left_out_and_said(refer_tree
     (refer_tree / "missing.txt").write_text("COCO_train2014_000000000000.jpg\tHTTP 404\n")
     assert [item.ref_id for item in open_dataset("refcoco", "train", refer_tree).items] == [11]
     assert "leaving out the refs of 1 pictures" in capsys.readouterr().out
+
+
+def test_a_mask_is_averaged_as_it_shrinks():
+    """Every eighth column of 256, at an eighth of the size: 1/8 everywhere, not some columns whole and others lost."""
+    mask = np.zeros((256, 256), bool)
+    mask[:, ::8] = True
+    square = letterbox_mask(mask, letterbox(np.zeros((256, 256, 3), np.uint8), 32)[1])
+    assert (square[..., 1:-1] - 1 / 8).abs().max() < 0.05
+
+
+def test_scenes_are_160_pixels_wide_unless_asked():
+    assert open_dataset("scenes", "val", limit=1)[0].picture.shape == (160, 160, 3)

@@ -325,3 +325,14 @@ def test_a_probability_of_exactly_the_threshold_is_not_over_it(bright_folder, br
     bright_model.forward = lambda images, tokens: torch.full((len(images), 1, 32, 32), -200.0)
     rows = evaluate(bright_model, open_dataset(str(bright_folder), "train"), progress=False, threshold=0)[1]
     assert [row["I"] for row in rows] == [0] * 4
+
+
+def test_the_figure_of_digits_shows_who_was_taken_for_whom_and_nothing_else(tmp_path, monkeypatch):
+    """A 3 found twice and taken for a 5 once: two numbers in the figure, all other cells empty."""
+    from matplotlib.axes import Axes
+
+    written, write = [], Axes.text
+    monkeypatch.setattr(Axes, "text", lambda axis, x, y, text, **more: written.append((x, y, text)) or
+                        write(axis, x, y, text, **more))  # fmt: skip
+    room.draw_groups("digits", {"3": {"3": 2, "5": 1}}, tmp_path / "x.png")
+    assert [cell for cell in written if cell[2]] == [(3, 0, 2), (5, 0, 1)] and (tmp_path / "x.png").stat().st_size

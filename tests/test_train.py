@@ -252,6 +252,8 @@ def test_the_log_begins_with_the_command_as_it_was_typed(tmp_path, monkeypatch):
     run(out, "--steps", 1)
     first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     assert first["command"] == "python train.py --steps 1" and first["seed"] == 0
+    assert read_checkpoint(out / "last.pt")["training"]["minutes"] > 0
+    assert json.loads((out / "args.json").read_text())["workers"] == 0  # a CPU has better use for its cores
 
 
 def test_an_epochs_end_is_whole_though_a_signal_comes_while_its_best_is_saved(tmp_path, monkeypatch):
@@ -290,3 +292,30 @@ def test_a_second_signal_does_not_break_what_the_first_one_saves(tmp_path, monke
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "a", "--steps", 4)
     assert stop.value.code == 130 and read_checkpoint(tmp_path / "a" / "last.pt")["training"]["steps"] == 1
+
+
+def test_a_step_says_the_loss_and_the_overlap_of_its_batch(tmp_path):
+    """In one piece or two: the loss of all four, and the mean of each one's IoU counted cell by cell."""
+    args = train.arguments([*FAST, "--out", str(tmp_path), "--dropout", "0"])
+    batch = next(iter(train.train_loader(train.TrainSet(train.open_sources(args)[0], 64, 17), 4, 0)))
+    for args.accumulate in (1, 2):
+        torch.manual_seed(0)
+        model = train.build("tiny", weights="random", size=64, dropout=0.0, width=32, released=True).eval()
+        model.align_corners = False
+        with torch.no_grad():
+            logits = model(batch["image"], batch["tokens"])
+        loss = train.text_to_pixel_loss(logits, batch["mask"]).item()
+        cells = batch["mask"].unflatten(2, (16, 4)).unflatten(4, (16, 4)).mean((3, 5)) > 0.5
+        found = 1 / (1 + (-logits).exp()) > 0.35
+        each = [(t & f).sum().item() / max(1, (t | f).sum().item()) for t, f in zip(cells, found, strict=True)]
+        said = train.step(train.Run(args, model, torch.device("cpu"), torch.float32, 10), batch)
+        assert said == pytest.approx((loss, 100 * np.mean(each)), rel=1e-4) and np.mean(each) > 0
+
+
+def test_an_epochs_line_holds_the_means_of_its_own_steps(tmp_path, monkeypatch):
+    """Two epochs of two steps: losses 1 and 2, then 3 and 4."""
+    losses = iter([1.0, 2.0, 3.0, 4.0])
+    monkeypatch.setattr(train, "step", lambda run, batch: (next(losses), 10.0))
+    run(tmp_path / "a", "--steps", 4)
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()[1:]]
+    assert [(line["loss"], line["train_IoU"]) for line in lines] == [(1.5, 10), (3.5, 10)]
