@@ -57,7 +57,7 @@ def zoom(inside: int, outside: int, factor: int, transposed: bool, activated: bo
 class Bridge(nn.Module):
     """One stage's bridge, equations 1-3: both streams into width d, through the interactors, and back as residuals."""
 
-    def __init__(self, channels, text_width, width, heads, factor=1, last=False, first=False, gated=False):
+    def __init__(self, channels, text_width, width, heads, factor, last, first, gated):
         super().__init__()
         kind = GatedInteractor if gated else Interactor
         self.zoom_in = zoom(channels, width, factor, last, gated)
