@@ -354,15 +354,12 @@ def open_sources(args):
 def prepare_folder(args):
     """OUT, with args.json; a run that is there already is moved aside unless it is resumed."""
     out = Path(args.out)
-    try:
-        if (out / "log.jsonl").exists() and not args.resume:
-            aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-{i}")).exists())
-            out.rename(aside)
-            print(f"{out} held a run: moved to {aside} (--resume goes on with one)")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}): give another --out") from error
+    if (out / "log.jsonl").exists() and not args.resume:
+        aside = next(p for i in range(1, 10**6) if not (p := out.with_name(f"{out.name}-{i}")).exists())
+        out.rename(aside)
+        print(f"{out} held a run: moved to {aside} (--resume goes on with one)")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n")
 
 
 def resume(run):
