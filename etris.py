@@ -386,7 +386,7 @@ def assemble(clip, size=416, words=17, *, width=64, heads=None, stages=(0, 1, 2)
     return model.train()
 
 
-def build(backbone="tiny", size=96, words=17, weights=None, seed=0, **options) -> ETRIS:
+def build(backbone="tiny", size=128, words=17, weights=None, seed=0, **options) -> ETRIS:
     """A model from plain values, which a checkpoint carries as `config` (seed matters for weights="random" only)."""
     model = assemble(load_clip(backbone, weights, seed), size, words, **options)
     values = {"backbone": backbone, "size": size, "words": words, "seed": seed, **options}

@@ -33,6 +33,7 @@ def blind(case):
     if case == "no-sentence":
         data.tokenize = evaluate.tokenize = lambda sentences, words: TOKENIZE([""] * len(sentences), words)
     if case == "no-picture":
+
         def grey(picture, size):
             image, box = LETTERBOX(picture, size)
             return torch.zeros_like(image), box
@@ -46,7 +47,7 @@ def run(case, seed, steps, more) -> dict:
     blind(case)
     with tempfile.TemporaryDirectory() as folder:
         tuning = ["--tuning", "frozen"] if case == "frozen" else []
-        train.main(["--out", f"{folder}/run", "--seed", str(seed), "--steps", str(steps), *tuning, *more])
+        train.main(["--processes", "1", "--out", f"{folder}/run", "--seed", str(seed), "--steps", str(steps), *tuning, *more])
         log = json.loads((Path(folder) / "run" / "log.jsonl").read_text().splitlines()[0])
         result = json.loads((Path(folder) / "run" / "result.json").read_text())
     return {"case": case, "seed": seed, "commit": log["commit"], "threads": torch.get_num_threads(), **result}
