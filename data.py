@@ -279,30 +279,30 @@ class Box:
 
 
 def resize(values, size, mode, antialias) -> torch.Tensor:
-    """(…, h, w) -> (…, H, W), uint8 or float: what torchvision's does, bit for bit, without seconds of importing it."""
-    flat = values.reshape(1, -1, *values.shape[-2:])
-    resized = F.interpolate(flat, size, mode=mode, align_corners=False, antialias=antialias)
-    return resized.reshape(*values.shape[:-2], *size)
+    """torchvision's, imported when the first picture needs it: it takes a second that `--help` can do without."""
+    from torchvision.transforms.v2.functional import resize as torchvisions
+
+    return torchvisions(values, size, mode, antialias=antialias)
 
 
 def letterbox(picture, size) -> tuple[torch.Tensor, Box]:
     """uint8 (H, W, 3) -> float32 (3, S, S), normalised as CLIP's, and its Box. The border, CLIP's mean colour, is 0."""
     box = Box(size, picture.shape[:2])
-    pixels = resize(torch.from_numpy(picture).permute(2, 0, 1), box.rectangle[2:], "bicubic", antialias=True)
+    pixels = resize(torch.from_numpy(picture).permute(2, 0, 1), box.rectangle[2:], Image.BICUBIC, antialias=True)
     return box.paste((pixels.contiguous().float() - MEAN) / STD), box
 
 
 def letterbox_mask(mask, box) -> torch.Tensor:
     """bool (H, W) -> float32 (1, S, S): edges are soft where the picture was resized, the border is 0."""
     values = torch.from_numpy(mask).float()[None]
-    return box.paste(resize(values, box.rectangle[2:], "bilinear", antialias=True))
+    return box.paste(resize(values, box.rectangle[2:], Image.BILINEAR, antialias=True))
 
 
 def unletterbox(maps, box) -> torch.Tensor:
     """(…, S, S) -> (…, H, W): the picture's rectangle, back at its own size by bicubic interpolation."""
     top, left, height, width = box.rectangle
-    inside = maps[..., top : top + height, left : left + width]
-    return resize(inside, box.original, "bicubic", antialias=False)
+    inside = maps[None, ..., top : top + height, left : left + width]
+    return resize(inside, box.original, Image.BICUBIC, antialias=False)[0]
 
 
 class TrainSet:

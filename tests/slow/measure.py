@@ -47,7 +47,8 @@ def run(case, seed, steps, more) -> dict:
     blind(case)
     with tempfile.TemporaryDirectory() as folder:
         tuning = ["--tuning", "frozen"] if case == "frozen" else []
-        train.main(["--processes", "1", "--out", f"{folder}/run", "--seed", str(seed), "--steps", str(steps), *tuning, *more])
+        own = ["--processes", "1", "--out", f"{folder}/run", "--seed", str(seed), "--steps", str(steps)]
+        train.main([*own, *tuning, *more])  # one process: a helper would not see what is changed here
         log = json.loads((Path(folder) / "run" / "log.jsonl").read_text().splitlines()[0])
         result = json.loads((Path(folder) / "run" / "result.json").read_text())
     return {"case": case, "seed": seed, "commit": log["commit"], "threads": torch.get_num_threads(), **result}
