@@ -41,9 +41,9 @@ from tuning import METHODS, SYSTEMS, build
 PAPER = {"size": 416, "epochs": 50, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 64,
          "dropout": 0.1, "beta2": 0.999}  # fmt: skip
 TINY = {"size": 128, "epochs": 8, "batch_size": 32, "lr": 2e-3, "bridge_lr": 2e-3, "schedule": "cosine", "width": 32,
-        "dropout": 0.0, "beta2": 0.98}  # fmt: skip
+        "dropout": 0.0, "beta2": 0.98, "processes": 2}  # fmt: skip
 PRESETS = dict.fromkeys(SIZES, PAPER) | {"ViT-B-16": PAPER | {"bridge_lr": 1e-3}, "tiny": TINY,
-                                         "tiny-vit": TINY | {"size": 96}}  # fmt: skip
+                                         "tiny-vit": TINY | {"size": 96, "processes": 1}}  # fmt: skip
 WORDS = {"refcocog-umd": 22, "refcocog-google": 22, "scenes-g": 22}  # 17 elsewhere (section 4.2)
 ENOUGH = {"val": 200, "test": 500}  # of drawn scenes, which have no end
 TEST = {"refcoco": "testA", "refcoco+": "testA", "refcocog-google": "val"}  # "test" elsewhere
@@ -291,7 +291,7 @@ def arguments(argv):
     add("--dropout", type=float)
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
     add("--workers", type=integer(0, 64), metavar="N", help="loading processes (0 on a CPU, else 4)")
-    add("--processes", type=integer(1, 64), metavar="N", help="that share a batch on a CPU (2 for tiny ones, else 1)")
+    add("--processes", type=integer(1, 64), metavar="N", help="that share a batch on a CPU (1; see presets)")
     add("--device", default="auto", choices=["auto", "cpu", "cuda", "mps"])
     add("--seed", type=SEED, default=0)
     add("--deterministic", action="store_true", help="the same run twice on one machine, slower on a GPU")
@@ -317,7 +317,7 @@ def complete(args):
     for key, value in preset.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
-    args.processes = args.processes or min(2 if args.backbone.startswith("tiny") else 1, os.cpu_count() or 1)
+    args.processes = args.processes or 1
     args.words = args.words or WORDS.get(args.dataset, 17)
     context = SIZES[args.backbone].context if args.backbone in SIZES else 77
     if not 3 <= args.words <= context:

@@ -34,9 +34,9 @@ def bomb():
     """A PNG of a hundred bytes whose header promises 60,000 × 60,000 pixels."""
 
     def chunk(kind, content):
-        return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
 
-    header = (60000).to_bytes(4) * 2 + bytes([8, 2, 0, 0, 0])
+    header = (60000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0")) + chunk(b"IEND", b"")
 
 

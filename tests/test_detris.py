@@ -335,13 +335,13 @@ def test_train_evaluate_and_predict_take_it_as_any_other(tmp_path):
 
 
 def test_lora_joins_dinov2s_attention_too():
-    """tuning.py's methods apply to this system: queries and values of six blocks more."""
+    """tuning.py's methods apply to this system: six blocks of width 128 beside three of text, 64 wide; rank 4, q and v."""
     values = {"size": 64, "words": 8, "weights": "random", "system": "detris"}
     model = tuning.build("tiny-dino", tuning="bridger+lora", **values).eval()
     qkv = [name for name, _ in model.tuned() if name.startswith("clip.visual.blocks") and ".qkv." in name]
     assert len(qkv) == 12 and all("parametrizations" in name for name in qkv)
     low_rank = [x for name, x in model.tuned() if name.startswith("clip.")]
-    assert sum(x.numel() for x in low_rank) == 4 * 2 * (128 + 128) * (6 + 3)
+    assert sum(x.numel() for x in low_rank) == 4 * 2 * (6 * (128 + 128) + 3 * (64 + 64))
 
 
 # ---- how the frozen weights arrive

@@ -1,6 +1,6 @@
 """Runs that decided a default or a claim of the README: the default run with one thing changed, over seeds.
 
-    python tests/slow/measure.py positions --seeds 3 --steps 500        →  appended to results/defaults.json
+    python tests/slow/measure.py positions --seeds 0 1 2 --steps 500        →  appended to results/defaults.json
 
 defaults    the run as it is                     positions   CLIP's positional embeddings are trained (original: yes)
 connect     the attention pool's extra branch    padding     padding takes part in the Bridger's attention (original)
