@@ -335,7 +335,7 @@ def test_train_evaluate_and_predict_take_it_as_any_other(tmp_path):
 
 
 def test_lora_joins_dinov2s_attention_too():
-    """tuning.py's methods apply to this system: six blocks of width 128 beside three of text, 64 wide; rank 4, q and v."""
+    """tuning.py's methods apply to this system: six blocks of width 128, three of text, 64 wide; rank 4, q and v."""
     values = {"size": 64, "words": 8, "weights": "random", "system": "detris"}
     model = tuning.build("tiny-dino", tuning="bridger+lora", **values).eval()
     qkv = [name for name, _ in model.tuned() if name.startswith("clip.visual.blocks") and ".qkv." in name]

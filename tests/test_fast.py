@@ -279,7 +279,20 @@ def test_compiling_leaves_names_and_numbers(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or real(f, backend="eager"))
     for more in ([], ["--compile"]):
         out = tmp_path / str(len(states))
-        given = ["--weights", "random", "--steps", "2", "--batch-size", "2", "--limit", "4", "--size", "64", "--processes", "1"]
+        given = [
+            "--weights",
+            "random",
+            "--steps",
+            "2",
+            "--batch-size",
+            "2",
+            "--limit",
+            "4",
+            "--size",
+            "64",
+            "--processes",
+            "1",
+        ]
         train.main([*given, "--device", "cpu", "--out", str(out), *more])
         states.append(torch.load(out / "last.pt", weights_only=True)["tuned"])
     assert len(compiled) == 1
