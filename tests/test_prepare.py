@@ -388,7 +388,8 @@ def stop_in(server, tmp_path):
     yield stop
     driver.stdin.close()
     driver.wait(60)
-    assert driver.stderr.read() == "error: stopped; the same command continues where it was\n"
+    with driver:  # closes its pipes
+        assert driver.stderr.read() == "error: stopped; the same command continues where it was\n"
 
 
 def test_stopped_anywhere_the_same_command_completes(server, tmp_path, stop_in):
