@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clip_model import CLIP, Attention, UserError, attend, load_clip, padding, resize_positions
+from clip_model import CLIP, Attention, attend, load_clip, padding, resize_positions
+from command import UserError
 from etris import ETRIS, GlobalAlignment, HierarchicalAlignment, Projector, check_size, positions, start_small
 
 PAPER = {"size": 416, "epochs": 50, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 144,

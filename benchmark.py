@@ -28,7 +28,8 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import train  # noqa: E402
-from clip_model import HERE, Norm, Parser, command, integer, tokenize  # noqa: E402
+from clip_model import HERE, Norm, tokenize  # noqa: E402
+from command import Parser, command, integer  # noqa: E402
 from data import TrainSet, open_dataset, train_loader  # noqa: E402
 from etris import Gate, Projector, set_fast, text_to_pixel_loss  # noqa: E402
 from evaluate import evaluate, write_file  # noqa: E402

@@ -7,13 +7,10 @@ as a stem, three stages and a head. Parameter names are OpenAI's, so the officia
 B batch · L words · D text width · C channels · H W grid · N = H·W places
 """
 
-import argparse
-import contextlib
 import functools
 import gzip
 import hashlib
 import html
-import sys
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -25,58 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from command import UserError
+
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 HERE = Path(__file__).resolve().parent
-
-
-class UserError(Exception):
-    """What a user did wrong: one line that names the file or value and the way out."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, whose complaints are one line as all others are."""
-
-    def error(self, message):
-        self.exit(2, f"error: {' '.join(message.split())}: --help lists what there is\n")
-
-
-def integer(low=1, high=10**9):
-    """argparse's type of a whole number from `low` to `high`."""
-
-    def read(text) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {low} to {high:,}")
-        return int(text)
-
-    return read
-
-
-SEED = integer(0, 2**32 - 1)  # what all dice take
-
-
-def command(main):
-    """Wrap a command's `main(argv=None)`: a UserError becomes one line on stderr and exit status 2, no traceback.
-
-    So does what the system refuses: a full disk, a read-only folder, a file that is gone, more memory.
-    """
-
-    @functools.wraps(main)
-    def run(argv=None):
-        with contextlib.suppress(AttributeError):  # a notebook's stdout; elsewhere a name it cannot print is spelt out
-            sys.stdout.reconfigure(errors="backslashreplace")
-        try:
-            return main(argv)
-        except UserError as error:  # from a loading process it comes with torch's traceback
-            line = str(error).rpartition("clip_model.UserError: ")[2]
-        except OSError as error:
-            line = f"{error.filename or 'a file'}: {error.strerror or error}: check the path and the room on the disk"
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            line = f"{str(error).partition('. ')[0]}: --batch-size, --size, --accumulate or --limit need less memory"
-        print(f"error: {' '.join(line.split())}", file=sys.stderr)
-        raise SystemExit(2)
-
-    return run
 
 
 # ---------------------------------------------------------------------------------------------------- tokenizer

@@ -20,7 +20,8 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco
 from torch.utils.data import ConcatDataset, DataLoader
 
-from clip_model import PIXEL_MEAN, PIXEL_STD, SEED, Parser, UserError, command, integer, is_blank, tokenize
+from clip_model import PIXEL_MEAN, PIXEL_STD, is_blank, tokenize
+from command import SEED, Parser, UserError, command, integer
 from scenes import FLAVOURS, SPLITS, Scenes
 
 REFER = {"refcoco": "refcoco/refs(unc).p", "refcoco+": "refcoco+/refs(unc).p"}

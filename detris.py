@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from barleria import Block as PlainBlock
-from clip_model import CLIP, HERE, Attention, UserError, fill_by_name, fingerprint, load_clip
+from clip_model import CLIP, HERE, Attention, fill_by_name, fingerprint, load_clip
+from command import UserError
 from etris import ETRIS, GlobalAlignment, HierarchicalAlignment, Projector, check_size, conv_bn, start_small
 
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clip_model import CLIP, Attention, UserError, load_clip, padding, resize_positions
+from clip_model import CLIP, Attention, load_clip, padding, resize_positions
+from command import UserError
 
 
 # ---------------------------------------------------------------------------------------- the Bridger, section 3.2

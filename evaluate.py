@@ -25,7 +25,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from clip_model import Parser, UserError, command, integer, tokenize
+from clip_model import tokenize
+from command import Parser, UserError, command, integer
 from data import FLAVOURS, REFER, Box, TrainSet, letterbox, letterbox_mask, open_dataset, unletterbox
 from etris import ETRIS, set_fast
 from official import load_checkpoint, pick_device

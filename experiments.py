@@ -28,7 +28,8 @@ import torch
 from tqdm import tqdm
 
 import train
-from clip_model import CLIP, HERE, SIZES, Parser, UserError, command, integer
+from clip_model import CLIP, HERE, SIZES
+from command import Parser, UserError, command, integer
 from data import REFER
 from etris import assemble
 from evaluate import evaluate, group_scores, write_file

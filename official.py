@@ -16,7 +16,8 @@ from torch import Tensor
 
 import barleria
 import detris
-from clip_model import CLIP, Size, UserError
+from clip_model import CLIP, Size
+from command import UserError
 from data import blame
 from etris import ETRIS, assemble
 from tuning import build

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from clip_model import UserError
+from command import UserError
 
 SIGNALS = signal.SIGINT, signal.SIGTERM
 

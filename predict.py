@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from clip_model import Parser, UserError, command, is_blank, tokenize
+from clip_model import is_blank, tokenize
+from command import Parser, UserError, command
 from data import count_cut, letterbox, read_picture, to_rgb, unletterbox
 from evaluate import THRESHOLD, check_writable, predict_probabilities, tell, write_file, write_picture
 from official import load_checkpoint, pick_device

@@ -31,7 +31,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from clip_model import SIZES, Parser, UserError, build_clip, command, integer
+from clip_model import SIZES, build_clip
+from command import Parser, UserError, command, integer
 from data import REFER, blame, read_refer
 from detris import SIZES as DINO_SIZES
 from detris import build_dino

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from clip_model import CLIP, HERE, SEED, SIZES, Parser, UserError, command, integer, tokenize
+from clip_model import CLIP, HERE, SIZES, tokenize
+from command import SEED, Parser, UserError, command, integer
 from data import letterbox
 from detris import DINO
 from detris import SIZES as DINO_SIZES

@@ -31,7 +31,7 @@ from math import cos, hypot, inf, pi, sin
 
 import numpy as np
 
-from clip_model import UserError
+from command import UserError
 
 FLAVOURS = ("scenes", "scenes+", "scenes-g")
 SPLITS = {"train": 7500, "val": 500, "test": 2000, "test-numbers": 500, "test-crowd": 500}  # refs in each

@@ -30,7 +30,8 @@ from torch import nn
 from tqdm import tqdm
 
 import parallel
-from clip_model import HERE, SEED, SIZES, Parser, UserError, command, integer
+from clip_model import HERE, SIZES
+from command import SEED, Parser, UserError, command, integer
 from data import FLAVOURS, Source, TrainSet, blame, epoch_batches, open_dataset, train_loader
 from etris import set_fast, text_to_pixel_loss
 from evaluate import evaluate, grid_ceiling, write_file

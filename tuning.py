@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from clip_model import Attention, AttentionPool, Bottleneck, ResidualBlock, UserError
+from clip_model import Attention, AttentionPool, Bottleneck, ResidualBlock
+from command import UserError
 
 SYSTEMS = ("etris", "barleria", "detris")
 REDUCTION = 4  # section 5.1: "we standardized the reduction factor to 4"
