@@ -12,6 +12,7 @@ rows that occurred; `official.read_weights` draws the other rows from a fixed se
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +31,16 @@ from scenes import FLAVOURS, PLACES, RELATIONS, WORLD, draw_things, paint, plan_
 CONTEXT = 24
 
 
-def phrase(thing, rng) -> str:
-    """One thing in words: colour and shape, often with its size, mostly with its place."""
+def phrase(thing, rng, bare=0.2) -> str:
+    """One thing in words: colour and shape, often with its size; but for a share `bare` of them with its place."""
     size = {"small": "small ", "large": "big "}.get(thing.size, "") if rng.random() < 0.5 else ""
     name = f"number {thing.digit}" if thing.shape == "number" else thing.shape
     across = "left" if thing.x < WORLD * 0.4 else "right" if thing.x > WORLD * 0.6 else ""
     down = "top" if thing.y < WORLD * 0.4 else "bottom" if thing.y > WORLD * 0.6 else ""
     place = " ".join(word for word in (down, across) if word) or "center"
     said = size + f"{thing.colour} {name}"
-    return rng.choice([said, said + " " + PLACES[place], place + " " + said], p=[0.2, 0.5, 0.3])
+    ways = [said, said + " " + PLACES[place], place + " " + said]
+    return rng.choice(ways, p=[bare, 0.6 * (1 - bare), 0.4 * (1 - bare)])
 
 
 def caption(things, rng) -> str:
@@ -48,27 +50,43 @@ def caption(things, rng) -> str:
         b = rest[0]
         dx, dy = a.x - b.x, a.y - b.y
         way = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("top" if dy < 0 else "bottom")
-        return f"{phrase(a, rng)} {rng.choice(RELATIONS[way])} the {phrase(b, rng)}"
+        return f"{phrase(a, rng, 0.7)} {rng.choice(RELATIONS[way])} the {phrase(b, rng, 0.7)}"
     return " and ".join(phrase(thing, rng) for thing in (a, *rest[:2]))
 
 
-def draw(rng, ripe, side):
+def draw(rng, ripe, side, twin=False):
     """Picture uint8 (S, S, 3) and its caption; `ripe` says how far the run is, 0 to 1.
 
     It begins with pictures of one or two things, and ends with up to four, or, a quarter, with whole scenes and what
     was said of them. From crowded pictures alone a small model learns colours and little else: not even left and right
-    (tried: the words left and right could not be read off its sentence features, R² 0.1; from two things, 0.9).
+    (tried: the words left and right could not be read off its sentence features, R² 0.1; from two things, 0.9). A third
+    are of digits mostly. `twin`: the picture and caption that the same dice give once looks have traded places.
     """
-    if rng.random() < 0.25 * ripe:
+    whole = rng.random() < 0.25 * ripe
+    things = draw_things(rng, rng.choice(["train", "train", "test-numbers"]))
+    count = int(rng.integers(1, 3 + round(2 * ripe)))
+    if whole and not twin:
         plan = plan_scene(FLAVOURS[rng.integers(3)], "train", int(rng.integers(16000)))
         return paint(plan.things, 0, rng, side)["picture"], str(rng.choice(plan.sentences))
-    things = draw_things(rng, "train")[: rng.integers(1, 3 + round(2 * ripe))]
-    return paint(things, 0, rng, side)["picture"], caption(things, rng)
+    shown = trade_places(things, count) if twin else things[:count]
+    return paint(shown, 0, rng, side)["picture"], caption(shown, rng)
+
+
+def trade_places(things, count):
+    """The first `count` things, each looking as the next one did; a single one as the second would have."""
+    looks = (*things[1:count], things[count == 1])
+    return [replace(t, shape=o.shape, colour=o.colour, digit=o.digit) for t, o in zip(things, looks, strict=False)]
 
 
 def batch(count, side, seed, ripe=1.0):
-    """Pictures (B, 3, S, S), normalised, and tokens (B, 24), all from the seed."""
-    drawn = [draw(np.random.default_rng((*seed, i, 1)), ripe, side) for i in range(count)]
+    """Pictures (B, 3, S, S), normalised, and tokens (B, 24), all from the seed.
+
+    Of four pictures the second is the first one's twin: the contrastive loss then has to tell apart which thing is
+    where, and not only which things there are.
+    """
+    twins = [i % 4 == 1 for i in range(count)]
+    dice = [np.random.default_rng((*seed, i - twin, 1)) for i, twin in enumerate(twins)]
+    drawn = [draw(rng, ripe, side, twin) for rng, twin in zip(dice, twins, strict=True)]
     return torch.stack([letterbox(picture, side)[0] for picture, _ in drawn]), tokenize([t for _, t in drawn], CONTEXT)
 
 
@@ -221,7 +239,7 @@ def pretrain(name, steps, batch_size, lr, seed, path):
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=["tiny", "tiny-vit", "tiny-dino"])
-    parser.add_argument("--steps", type=integer(), default=1600)
+    parser.add_argument("--steps", type=integer(), default=4000)
     parser.add_argument("--batch-size", type=integer(), default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=SEED, default=0)
