@@ -57,9 +57,14 @@ def summarise(intersections, unions) -> dict[str, float]:
     return {name: 100 * float(x) for name, x in (means | {f"Pr@{x}": np.mean(each > x) for x in PRECISIONS}).items()}
 
 
-def predict_probabilities(model, images, tokens, **owner) -> torch.Tensor:
-    """images (B, 3, S, S), tokens (B, L) -> (B, S, S) in 0..1, about: bicubic enlargement may overshoot a little."""
-    probabilities = model(images, tokens, **owner).float().sigmoid()
+def predict_probabilities(model, images, tokens, owner=None) -> torch.Tensor:
+    """images (B, 3, S, S), tokens (B, L) -> (B, S, S) in 0..1, about: bicubic enlargement may overshoot a little.
+
+    owner (B,): the number of each sentence's picture, where there are fewer; below its bridges ETRIS sees each once.
+    """
+    shared = owner is not None and type(model) is ETRIS
+    logits = model(images, tokens, owner=owner) if shared else model(images if owner is None else images[owner], tokens)
+    probabilities = logits.float().sigmoid()
     size, corners = images.shape[-2:], getattr(model, "align_corners", False)
     return F.interpolate(probabilities, size, mode="bicubic", align_corners=corners)[:, 0]
 
@@ -89,13 +94,12 @@ def sentence_batches(items, batch_size):
 
 def predict_masks(model, batch, device, threshold, dtype) -> list[torch.Tensor]:
     """A batch of (item, number of the sentence) -> a bool mask each, at its picture's own size."""
-    pictures = {item["image_id"]: item["image"] for item, _ in batch}  # below its bridges ETRIS sees each once
+    pictures = {item["image_id"]: item["image"] for item, _ in batch}
     images, numbers = torch.stack(list(pictures.values())).to(device), {key: i for i, key in enumerate(pictures)}
     owner = torch.tensor([numbers[item["image_id"]] for item, _ in batch], device=device)
     tokens = torch.stack([item["tokens"][k] for item, k in batch]).to(device)
-    given = {"images": images, "owner": owner} if type(model) is ETRIS else {"images": images[owner]}
     with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None):
-        maps = predict_probabilities(model, tokens=tokens, **given)
+        maps = predict_probabilities(model, images, tokens, owner)
     return [unletterbox(one, item["box"]) > threshold for one, (item, _) in zip(maps, batch, strict=True)]
 
 

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from clip_model import is_blank, tokenize
 from command import Parser, UserError, command
 from data import count_cut, letterbox, read_picture, to_rgb, unletterbox
+from etris import set_fast
 from evaluate import THRESHOLD, check_writable, predict_probabilities, tell, write_file, write_picture
 from official import load_checkpoint, pick_device
 
@@ -29,11 +30,11 @@ COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F
 
 
 def load(checkpoint, weights=None, device=None):
-    """A checkpoint file, this project's or a published one -> a model for `segment`, on the best device there is.
+    """A checkpoint file, this project's or a published one -> a fast model for `segment`, on the best device there is.
 
     weights: the frozen CLIP's file, where it is not in the cache. UserError says what is missing and the ways out.
     """
-    return load_checkpoint(checkpoint, weights, pick_device(device)[0])
+    return set_fast(load_checkpoint(checkpoint, weights, pick_device(device)[0]))
 
 
 def segment(model, image, text, threshold=THRESHOLD):
@@ -56,10 +57,8 @@ def probabilities(model, image, sentences) -> np.ndarray:
     was_training = model.training
     model.eval()
     try:
-        maps = [
-            predict_probabilities(model, square[None].to(device), tokenize([sentence], model.words).to(device))
-            for sentence in sentences
-        ]
+        tokens, image = tokenize(list(sentences), model.words).to(device), square[None].to(device)
+        maps = [predict_probabilities(model, image, t, t.new_zeros(len(t))) for t in tokens.split(32)]
     finally:
         model.train(was_training)
     return unletterbox(torch.cat(maps), box).clamp(0, 1).cpu().numpy()

@@ -73,8 +73,8 @@ def draw(rng, ripe, side, twin=False):
 
 
 def trade_places(things, count):
-    """The first `count` things, each looking as the next one did; a single one as the second would have."""
-    looks = (*things[1:count], things[count == 1])
+    """The first `count` things, each looking as the next one did; a single one as the last would have."""
+    looks = (*things[1:count], things[0 if count > 1 else -1])
     return [replace(t, shape=o.shape, colour=o.colour, digit=o.digit) for t, o in zip(things, looks, strict=False)]
 
 

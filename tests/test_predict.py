@@ -9,6 +9,7 @@ from PIL import Image
 import predict as room
 from clip_model import UserError
 from data import open_dataset, read_picture
+from etris import Gate
 from evaluate import evaluate, write_picture
 from predict import probabilities, segment
 
@@ -185,6 +186,8 @@ def test_a_real_photograph_keeps_its_size(refer_sample, bright_model):
     assert segment(bright_model, item.picture, item.sentences[0]).shape == item.mask.shape
 
 
-def test_load_asks_for_the_device_that_is_there(monkeypatch):
-    monkeypatch.setattr(room, "load_checkpoint", lambda path, weights=None, device="cpu": (path, weights, device))
-    assert room.load("x.pt", "w.pt", "cpu") == ("x.pt", "w.pt", torch.device("cpu"))
+def test_load_asks_for_the_device_that_is_there_and_gives_the_fast_path(monkeypatch, bright_model):
+    given = []
+    monkeypatch.setattr(room, "load_checkpoint", lambda *asked: given.append(asked) or torch.nn.Sequential(Gate(8, 2)))
+    assert room.load("x.pt", "w.pt", "cpu")[0].fast
+    assert given == [("x.pt", "w.pt", torch.device("cpu"))]
