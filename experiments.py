@@ -14,7 +14,6 @@ What the paper prints as oIoU is its code's mIoU (README, ledger). Options that 
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -36,6 +35,11 @@ from evaluate import evaluate, group_scores, write_file
 from official import pick_device, pick_dtype
 from scenes import FLAVOURS
 from tuning import apply, build, parse
+
+try:
+    import fcntl
+except ImportError:  # Windows: there nothing keeps two processes off one folder
+    fcntl = None
 
 VERSION = 1  # of the results files
 FEW, STEPS = 600, {"question": 2000}  # of a run in miniature, 150 s at most; at full size the preset's epochs
@@ -268,7 +272,7 @@ def only_one(folder):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _ = fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{folder}: another process writes there: wait, or give another --results") from None
         yield
