@@ -292,12 +292,13 @@ def assemble(clip, dino, size=448, words=17, *, aligners, adapters, width=128, t
     return model.train()
 
 
-PAPER = {"size": 448, "epochs": 65, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 128,
-         "dropout": 0.1, "beta2": 0.999}  # fmt: skip
+PAPER = {"size": 448, "epochs": 65, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "two-step",
+         "width": 128, "dropout": 0.1, "beta2": 0.999}  # fmt: skip
 TINY = {"size": 96, "epochs": 3, "batch_size": 16, "lr": 1.5e-3, "bridge_lr": 1.5e-3, "schedule": "cosine",
         "width": 32, "dropout": 0.0, "beta2": 0.98}  # fmt: skip
-PRESETS = {"tiny-dino": TINY, "dinov2-base": PAPER, "dinov2-large": PAPER | {"epochs": 50},
-           "dinov2-large-mixed": PAPER | {"epochs": 50, "width": 384}}  # width: the aligners' rank # fmt: skip
+LARGE_PAPER = PAPER | {"epochs": 50, "schedule": "step"}
+PRESETS = {"tiny-dino": TINY, "dinov2-base": PAPER, "dinov2-large": LARGE_PAPER,
+           "dinov2-large-mixed": LARGE_PAPER | {"width": 384}}  # width: the aligners' rank # fmt: skip
 BASE, LARGE = DinoSize(768, 12, 14, 518), DinoSize(1024, 24, 14, 518)
 SIZES = {
     "tiny-dino": DinoSize(128, 6, 16, 96),

@@ -45,6 +45,7 @@ TINY = {"size": 128, "epochs": 8, "batch_size": 32, "lr": 2e-3, "bridge_lr": 2e-
         "dropout": 0.0, "beta2": 0.98, "processes": 2}  # fmt: skip
 PRESETS = dict.fromkeys(SIZES, PAPER) | {"ViT-B-16": PAPER | {"bridge_lr": 1e-3}, "tiny": TINY,
                                          "tiny-vit": TINY | {"size": 96, "processes": 1}}  # fmt: skip
+DROPS = {"step": (35 / 50,), "two-step": (35 / 65, 55 / 65)}  # shares of a run: ETRIS (section 4.2), DETRIS' base
 WORDS = {"refcocog-umd": 22, "refcocog-google": 22, "scenes-g": 22}  # 17 elsewhere (section 4.2)
 ENOUGH = {"val": 200, "test": 500}  # of drawn scenes, which have no end
 TEST = {"refcoco": "testA", "refcoco+": "testA", "refcocog-google": "val"}  # "test" elsewhere
@@ -144,9 +145,9 @@ def grid_iou(logits, masks) -> float:
 
 
 def schedule(kind, total):
-    """Factor on the rates by step: "step" is the paper's, 0.1 after 35 of 50 epochs; "cosine" warms up and falls."""
-    if kind == "step":
-        return lambda step: 1.0 if step < 0.7 * total else 0.1
+    """Factor on the rates by step: "step" and "two-step" fall to a tenth at DROPS, "cosine" warms up and falls."""
+    if kind in DROPS:
+        return lambda step: 0.1 ** sum(step >= round(share * total) for share in DROPS[kind])
     warm = min(50, total // 10)
     return lambda step: min(1, (step + 1) / (warm + 1)) * (0.01 + 0.99 * (1 + math.cos(math.pi * step / total)) / 2)
 
@@ -288,7 +289,7 @@ def arguments(argv):
     add("--recompute", action="store_true", help="forget frozen activations, compute them twice: less memory")
     add("--compile", action="store_true", help="torch.compile the training step: minutes first, then faster steps")
     add("--lr", type=float, help="of the decoder; the Bridger's keeps its ratio to it")
-    add("--schedule", choices=["step", "cosine"])
+    add("--schedule", choices=[*DROPS, "cosine"])
     add("--dropout", type=float)
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
     add("--workers", type=integer(0, 64), metavar="N", help="loading processes (0 on a CPU, else 4)")

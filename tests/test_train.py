@@ -133,6 +133,16 @@ def test_the_papers_settings_are_the_presets():
     assert (factor(35 * 1325 - 1), factor(35 * 1325)) == (1.0, 0.1)
 
 
+def test_detris_base_falls_twice():
+    """SPEC 2.4: base 65 epochs, 0.1 after 35 and again after 55; large and mixed 50 epochs, once after 35."""
+    args = train.arguments(["--system", "detris", "--backbone", "dinov2-base"])
+    factor = train.schedule(args.schedule, 65 * 1325)
+    found = [factor(step) for step in (0, 35 * 1325 - 1, 35 * 1325, 55 * 1325 - 1, 55 * 1325)]
+    assert args.epochs == 65 and found == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    large = train.arguments(["--system", "detris", "--backbone", "dinov2-large-mixed"])
+    assert (large.epochs, large.schedule) == (50, "step")
+
+
 def test_the_bridger_has_its_own_rate(tmp_path):
     args = train.arguments(["--backbone", "ViT-B-16", "--lr", "2e-4", "--out", str(tmp_path)])
     model = train.build("tiny-vit", weights="random", size=64, width=32)
