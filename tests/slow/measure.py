@@ -5,6 +5,7 @@
 defaults    the run as it is                     positions   CLIP's positional embeddings are trained (original: yes)
 connect     the attention pool's extra branch    padding     padding takes part in the Bridger's attention (original)
 frozen      no Bridger                           no-sentence every sentence is empty     no-picture  every picture grey
+start       torch's initial values everywhere, not a tenth of them where bridges and decoder branches join
 """
 
 import argparse
@@ -20,12 +21,13 @@ sys.path.insert(0, str(HERE))
 import torch  # noqa: E402
 
 import data  # noqa: E402
+import etris  # noqa: E402
 import evaluate  # noqa: E402
 import train  # noqa: E402
 
-BUILD, LETTERBOX, TOKENIZE = train.build, data.letterbox, data.tokenize
+BUILD, LETTERBOX, TOKENIZE, START = train.build, data.letterbox, data.tokenize, etris.start_small
 OPTIONS = {"positions": {"train_positions": True}, "connect": {"connect": True}, "padding": {"mask_padding": False}}
-CASES = ["defaults", *OPTIONS, "frozen", "no-sentence", "no-picture"]
+CASES = ["defaults", *OPTIONS, "start", "frozen", "no-sentence", "no-picture"]
 
 
 def blind(case):
@@ -44,6 +46,7 @@ def blind(case):
 def run(case, seed, steps, more) -> dict:
     """One training run; its result.json."""
     train.build = functools.partial(BUILD, **OPTIONS.get(case, {}))
+    etris.start_small = (lambda model: None) if case == "start" else START
     blind(case)
     with tempfile.TemporaryDirectory() as folder:
         tuning = ["--tuning", "frozen"] if case == "frozen" else []
