@@ -82,7 +82,7 @@ class Bridge(nn.Module):
         return self.zoom_out(new_x.mT.unflatten(2, grid)), self.linear_out(new_y), (x, y)
 
 
-def bridger(clip: CLIP, width: int = 64, heads: int | None = None, stages=(0, 1, 2)) -> nn.ModuleDict:
+def bridger(clip: CLIP, width: int, heads: int | None, stages) -> nn.ModuleDict:
     """Bridges for the given stages, by stage number. A ResNet's maps zoom to the middle one; a ViT's are alike."""
     visual, gated = clip.visual, clip.size.patch is not None
     factors = [max(s, visual.strides[1]) // min(s, visual.strides[1]) for s in visual.strides]

@@ -18,14 +18,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[2]
 TESTS = {"clip_model": ["clip_model", "official"], "etris": ["etris", "official"], "data": ["data", "fuzz"],
-         "evaluate": ["evaluate", "fuzz"], "train": ["train", "parallel"]}  # fmt: skip
+         "evaluate": ["evaluate", "fuzz"], "train": ["train", "numbers", "parallel"]}  # fmt: skip
 OTHER = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
          ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.Add: ast.Sub,
          ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}  # fmt: skip
+LOOK = 10  # seconds of the clock
 CUTS = ("detach", "no_grad", "inference_mode", "requires_grad_")
 
 
@@ -91,27 +93,44 @@ def catalogue(room) -> list[tuple]:
     return [(name, number) for name, count in counts.items() for number in range(count)]
 
 
-def first_failure(room, name, patience=600) -> str | None:
-    """The first failing test of a file's tests, "no end" after so many seconds of CPU, or None: all pass."""
+def run(command, room, patience) -> tuple:
+    """Exit status (None: no end after so many seconds of CPU, or twenty times as many), output, was it stopped?"""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_CPU, (patience, patience))
 
+    wide = os.environ | {"COLUMNS": "200"}  # for pytest's last lines
+    process = subprocess.Popen(command, cwd=room, env=wide, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True, preexec_fn=limit)  # fmt: skip
+    paused, before = False, time.time()
+    for _ in range(20 * patience // LOOK):
+        try:
+            said = process.communicate(timeout=LOOK)[0]
+        except subprocess.TimeoutExpired:
+            said = None
+        paused, before = paused or time.time() - before > 3 * LOOK, time.time()
+        if said is not None:
+            endless = process.returncode in (-signal.SIGKILL, -signal.SIGXCPU)
+            return None if endless else process.returncode, said, paused
+    os.killpg(process.pid, signal.SIGKILL)
+    return None, process.communicate()[0], paused
+
+
+def first_failure(room, name, patience=600) -> str | None:
+    """The first failing test of a file's tests and why, "no end", or None: all pass.
+
+    Some tests wait for a process some seconds of the clock: where somebody stopped everything meanwhile, once more.
+    """
     for tests in TESTS[name]:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/test_{tests}.py"]
-        process = subprocess.Popen(command, cwd=room, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                   start_new_session=True, preexec_fn=limit)  # fmt: skip
-        try:
-            said = process.communicate(timeout=20 * patience)[0]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        status, said, paused = run(command, room, patience)
+        while status != 0 and paused:
+            status, said, paused = run(command, room, patience)
+        if status is None:
             return "no end"
-        if process.returncode == -signal.SIGKILL or process.returncode == -signal.SIGXCPU:
-            return "no end"
-        if process.returncode:
+        if status:
             lines = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
-            return lines[0].split(" - ")[0][:200] if lines else f"exit status {process.returncode}"
+            return lines[0][:200] if lines else f"exit status {status}: {said[-200:]}"
     return None
 
 
