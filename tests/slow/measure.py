@@ -52,9 +52,11 @@ def run(case, seed, steps, more) -> dict:
         tuning = ["--tuning", "frozen"] if case == "frozen" else []
         own = ["--processes", "1", "--out", f"{folder}/run", "--seed", str(seed), "--steps", str(steps)]
         train.main([*own, *tuning, *more])  # one process: a helper would not see what is changed here
-        log = json.loads((Path(folder) / "run" / "log.jsonl").read_text().splitlines()[0])
+        log, *_, last = map(json.loads, (Path(folder) / "run" / "log.jsonl").read_text().splitlines())
         result = json.loads((Path(folder) / "run" / "result.json").read_text())
-    return {"case": case, "seed": seed, "commit": log["commit"], "threads": torch.get_num_threads(), **result}
+    where = {"case": case, "seed": seed, "commit": log["commit"], "frozen": log["frozen"]["sha256"][:16]}
+    val = {metric: last["val"][metric] for metric in ("oIoU", "mIoU")}  # what a default is chosen by; the rest is test
+    return {**where, "threads": torch.get_num_threads(), "val": val, **result}
 
 
 def main():
