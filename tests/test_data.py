@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -139,6 +140,9 @@ def test_a_picture_with_a_name_no_file_can_have_is_said(tmp_path):
     (tmp_path / "refcoco" / "instances.json").write_text(json.dumps(instances))
     with pytest.raises(UserError, match=r"instances\.json: a picture's name is longer"):
         open_dataset("refcoco", "train", tmp_path)
+    instances["images"][1]["file_name"] = "x" * 251 + ".jpg"  # 255 bytes are the longest that there can be
+    write_refer(tmp_path, tables=(refs, instances))
+    assert open_dataset("refcoco", "train", tmp_path)[1].ref_id == 11
 
 
 def test_a_picture_of_another_size_than_its_mask_is_named(refer_tree):
@@ -423,7 +427,7 @@ def test_every_epoch_sees_every_object_in_another_order():
     assert [len(batch) for batch in batches] == [3, 3, 3] and len(set(sum(batches, []))) == 9
     assert batches == epoch_batches(10, 3, seed=0, epoch=1)
     assert batches != epoch_batches(10, 3, seed=0, epoch=2) and batches != epoch_batches(10, 3, seed=1, epoch=1)
-    assert sorted(epoch_batches(2, 3, 0, 0)[0]) == [0, 1]
+    assert sorted(epoch_batches(2, 3, 0, 0)[0]) == [0, 1] and [len(b) for b in epoch_batches(4, 3, 0, 0)] == [3]
     assert sorted(sum(epoch_batches(6, 3, 0, 0), [])) == list(range(6))
 
 
@@ -471,6 +475,14 @@ def test_a_mask_is_averaged_as_it_shrinks():
     mask[:, ::8] = True
     square = letterbox_mask(mask, letterbox(np.zeros((256, 256, 3), np.uint8), 32)[1])
     assert (square[..., 1:-1] - 1 / 8).abs().max() < 0.05
+
+
+def test_an_object_and_a_split_stay_as_they_were_read(refer_tree):
+    """Many hands hold the same ones: to change one is an error, said at the place that tries."""
+    source = open_dataset("refcoco", "train", refer_tree)
+    for thing in (source, source[0]):
+        with pytest.raises(FrozenInstanceError):
+            thing.split = "val"
 
 
 def test_scenes_are_160_pixels_wide_unless_asked():

@@ -91,6 +91,18 @@ def test_shares_of_an_epoch_are_all_of_it_once():
     assert [i for world in worlds for i in world.part(7)] == list(range(7))
 
 
+def test_no_two_ranks_throw_the_same_dice(tmp_path):
+    """Dropout's: a rank has a million seeds of its own, one for each step that a run may be resumed at."""
+    args, blocks = train.arguments([*FAST, "--out", str(tmp_path)]), []
+    model = train.build("tiny", weights="random", size=64, width=32)
+    state = train.Run(args, model, torch.device("cpu"), torch.float32, 10)
+    for rank in range(1, 4):
+        for state.steps in (0, 10**6 - 1):
+            state.join(parallel.World(rank))  # of one process: nothing to exchange
+            blocks.append(torch.initial_seed() // 10**6)
+    assert blocks == [1, 1, 2, 2, 3, 3]
+
+
 def test_two_and_two_steps_are_four_in_two_processes(tmp_path, monkeypatch):
     """A signal to the first stops both after the step; resumed, bit-identical. Then on with one process, and back."""
     more = ("--steps", 4, "--processes", 2)

@@ -133,6 +133,47 @@ def test_the_papers_settings_are_the_presets():
     assert (factor(35 * 1325 - 1), factor(35 * 1325)) == (1.0, 0.1)
 
 
+def test_a_laptops_settings_are_the_presets_of_the_tiny_clip():
+    """The README's row 28: 8 epochs of batches of 32 at 128 pixels, Adam 2e-3 with β₂ 0.98, a cosine, no dropout."""
+    args = train.arguments([])
+    assert (args.backbone, args.size, args.epochs, args.batch_size, args.width) == ("tiny", 128, 8, 32, 32)
+    assert (args.lr, args.bridge_lr, args.beta2, args.schedule) == (2e-3, 2e-3, 0.98, "cosine")
+    assert (args.dropout, args.processes) == (0, 2)
+
+
+def test_drawn_scenes_have_no_end_so_200_validate_and_500_test():
+    """Unless --limit says another number, or the data set has an end of its own."""
+    counts = [len(train.open_evaluation(train.arguments([]), split, None)) for split in ("val", "test")]
+    assert counts == [200, 500]
+    assert len(train.open_evaluation(train.arguments(["--limit", "7"]), "test", None)) == 7
+
+
+def test_a_folders_split_is_validated_whole(tmp_path):
+    folder = write_folder(tmp_path, [record(0, split="val") for _ in range(201)])
+    assert len(train.open_evaluation(train.arguments(["--dataset", str(folder)]), "val", None)) == 201
+
+
+def test_words_are_at_least_start_one_piece_and_end():
+    """And at most what the frozen CLIP has positions for."""
+    assert [train.arguments(["--words", str(words)]).words for words in (3, 24)] == [3, 24]
+    for words in (2, 25):
+        with pytest.raises(UserError, match=f"--words {words}: choose 3 to 24"):
+            train.arguments(["--words", str(words)])
+
+
+def test_what_is_trained_and_what_is_frozen_is_counted_by_part(tmp_path, capsys):
+    """One line a part, the sums below: CLIP all frozen, everything else tuned."""
+    run(tmp_path / "a", "--steps", 1)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if " tuned" in line]
+    found = {name: (int(tuned.replace(",", "")), int(frozen.replace(",", ""))) for name, tuned, _, frozen, _ in lines}
+    model = load_checkpoint(tmp_path / "a" / "last.pt")
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    counts = {name: count for name, count in counts.items() if count}
+    expected = {name: (0, count) if name == "clip" else (count, 0) for name, count in counts.items()}
+    assert found == expected | {"all": (sum(counts.values()) - counts["clip"], counts["clip"])}
+    assert list(found)[-1] == "all" and {"bridger", "hierarchical", "global_", "projector"} < set(found)
+
+
 def test_detris_base_falls_twice():
     """SPEC 2.4: base 65 epochs, 0.1 after 35 and again after 55; large and mixed 50 epochs, once after 35."""
     args = train.arguments(["--system", "detris", "--backbone", "dinov2-base"])
@@ -162,6 +203,7 @@ def test_overfit_takes_the_largest_masks(tmp_path, capsys):
     train.main([*FAST, "--overfit", "2", "--epochs", "1", "--out", str(tmp_path / "a")])
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert result["refs"] == 2 and "the logit grid's ceiling: mIoU" in capsys.readouterr().out
+    assert result["steps"] == 80 // 4
 
 
 def test_a_folder_without_val_is_validated_on_train_and_that_is_said(tmp_path, capsys):
@@ -230,7 +272,8 @@ def test_no_network_and_no_weights_names_the_three_ways_out(tmp_path):
 def test_bf16_and_deterministic_runs_go_through(tmp_path):
     run(tmp_path / "a", "--steps", 1, "--amp", "bf16")
     a, b = (run(tmp_path / name, "--steps", 3, "--deterministic") for name in ("b", "c"))
-    assert same(a, b)
+    assert same(a, b) and torch.are_deterministic_algorithms_enabled()
+    assert a["training"]["steps"] == 3  # in the middle of the second epoch
 
 
 def test_positive_numbers_only():
@@ -305,7 +348,10 @@ def test_a_second_signal_does_not_break_what_the_first_one_saves(tmp_path, monke
 
 
 def test_a_step_says_the_loss_and_the_overlap_of_its_batch(tmp_path):
-    """In one piece or two: the loss of all four, and the mean of each one's IoU counted cell by cell."""
+    """In one piece or two: the loss of all four, a system's own part (here 0.5) added to it, and the mean of each
+
+    one's IoU, counted cell by cell.
+    """
     args = train.arguments([*FAST, "--out", str(tmp_path), "--dropout", "0"])
     batch = next(iter(train.train_loader(train.TrainSet(train.open_sources(args)[0], 64, 17), 4, 0)))
     for args.accumulate in (1, 2):
@@ -318,8 +364,9 @@ def test_a_step_says_the_loss_and_the_overlap_of_its_batch(tmp_path):
         cells = batch["mask"].unflatten(2, (16, 4)).unflatten(4, (16, 4)).mean((3, 5)) > 0.5
         found = 1 / (1 + (-logits).exp()) > 0.35
         each = [(t & f).sum().item() / max(1, (t | f).sum().item()) for t, f in zip(cells, found, strict=True)]
+        model.extra_loss = lambda: 0.5
         said = train.step(train.Run(args, model, torch.device("cpu"), torch.float32, 10), batch)
-        assert said == pytest.approx((loss, 100 * np.mean(each)), rel=1e-4) and np.mean(each) > 0
+        assert said == pytest.approx((loss + 0.5, 100 * np.mean(each)), rel=1e-4) and np.mean(each) > 0
 
 
 def test_an_epochs_line_holds_the_means_of_its_own_steps(tmp_path, monkeypatch):
