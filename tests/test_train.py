@@ -141,7 +141,7 @@ def test_a_laptops_settings_are_the_presets_of_the_tiny_clip():
     assert (args.dropout, args.processes) == (0, 2)
 
 
-def test_drawn_scenes_have_no_end_so_200_validate_and_500_test():
+def test_of_drawn_scenes_200_validate_and_500_test():
     """Unless --limit says another number, or the data set has an end of its own."""
     counts = [len(train.open_evaluation(train.arguments([]), split, None)) for split in ("val", "test")]
     assert counts == [200, 500]
@@ -269,14 +269,18 @@ def test_no_network_and_no_weights_names_the_three_ways_out(tmp_path):
     assert done.returncode == 2 and all(way in last for way in ("--weights FILE", "--weights random", "network"))
 
 
-def test_bf16_and_deterministic_runs_go_through(tmp_path):
-    run(tmp_path / "a", "--steps", 1, "--amp", "bf16")
+def test_a_step_in_bf16_goes_through(tmp_path):
+    assert run(tmp_path / "a", "--steps", 1, "--amp", "bf16")["training"]["steps"] == 1
+
+
+def test_two_deterministic_runs_are_the_same(tmp_path):
+    """Three steps: they end in the middle of the second epoch."""
     a, b = (run(tmp_path / name, "--steps", 3, "--deterministic") for name in ("b", "c"))
     assert same(a, b) and torch.are_deterministic_algorithms_enabled()
-    assert a["training"]["steps"] == 3  # in the middle of the second epoch
+    assert a["training"]["steps"] == 3
 
 
-def test_positive_numbers_only():
+def test_no_steps_and_an_unknown_backbone_are_refused():
     with pytest.raises(SystemExit):
         train.arguments(["--steps", "0"])
     with pytest.raises(UserError):
