@@ -5,7 +5,8 @@
 The list of changes is read off the syntax trees: comparisons (< becomes <=, == becomes !=), constants (a number one
 larger or half as large again, True becomes False), axes (dim= one further), signs (+ becomes −, · becomes /, −x becomes
 x) and what cuts gradients off (detach, no_grad, requires_grad_). --count of them are drawn by --seed. The folder --room
-holds the commit of the first start; later starts bring in only newer tests and try again what survived.
+holds the commit of the first start; later starts bring in only newer tests and try again what survived, unless its row
+says `why` it may: that is written in by hand.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def run(command, room, patience) -> tuple:
 
 
 def first_failure(room, name, patience=600) -> str | None:
-    """The first failing test of a file's tests and why, "no end", or None: all pass.
+    """The first failing test of a file's tests (why is printed), "no end", or None: all pass.
 
     Some tests wait for a process some seconds of the clock: where somebody stopped everything meanwhile, once more.
     """
@@ -130,7 +131,8 @@ def first_failure(room, name, patience=600) -> str | None:
             return "no end"
         if status:
             lines = [line for line in said.splitlines() if line.startswith(("FAILED", "ERROR"))]
-            return lines[0][:200] if lines else f"exit status {status}: {said[-200:]}"
+            print(lines[0] if lines else said[-2000:], flush=True)
+            return lines[0].split(" - ")[0][:200] if lines else f"exit status {status}"
     return None
 
 
