@@ -254,4 +254,38 @@ BEYOND = {
         ((SURE, ["star", "ring", "heart"], 0.35), (SURE, ["star", "ring", "heart"], 0.3))),
 }  # fmt: skip
 
-EXERCISES = CLIP | BRIDGER | DECODER | FIGURE_3 | TRAINED | TRAINING | FAILURES | BEYOND
+
+def planar(y, w, b, u):
+    """One planar step of a normalizing flow."""
+    return y + u * torch.tanh(w @ y + b)
+
+
+def ridge(x, y, strength, times=1):
+    """The linear map from x to y, with `times` the strength on the diagonal."""
+    return torch.linalg.solve(x.mT @ x + times * strength * torch.eye(x.shape[1]), x.mT @ y)
+
+
+OTHERS = {
+    "09 planar": Exercise(planar, (
+        (lambda y, w, b, u: y + u * torch.tanh(w * y + b), "w · y is a dot product: one number for all channels"),
+        (lambda y, w, b, u: u * torch.tanh(w @ y + b), "y itself is added: with u = 0 nothing happens")),
+        tuple((dice(d), dice(d, seed=1), 0.3, dice(d, seed=2)) for d in (3, 6))),
+    "09 tokens": Exercise(694, (
+        (677, "the prompts are tokens too, one for each of the 17 words, padding included"),
+        (693, "the class token comes first"))),
+    "09 rank": Exercise(1, (
+        (48, "that is the width; look what each token's prior is a multiple of"),
+        (89, "as many tokens, and all of them point the way of p or against it"))),
+    "09 field": Exercise(7, (
+        (5, "branch 3 reads branch 2 as well, which has looked at its neighbours"),
+        (9, "2 places to each side by its own kernel, 1 more by branch 2's: 1 + 2 · 3"))),
+    "09 branch inputs": Exercise((128, 192, 224), (
+        ((128, 64, 96), "z comes along every time"),
+        ((128, 192, 160), "branch 3 reads z and both branches before it"))),
+    "09 ridge": Exercise(ridge, (
+        (lambda x, y, strength: ridge(x, y, strength, 0), "that is plain least squares: where is the strength?"),
+        (lambda x, y, strength: ridge(x, y, strength, len(x)), "the squares are summed, not averaged")),
+        ((dice(9, 3), dice(9, 2, seed=1), 2.0), (dice(6, 4, seed=2), dice(6, 4, seed=3), 10.0))),
+}  # fmt: skip
+
+EXERCISES = CLIP | BRIDGER | DECODER | FIGURE_3 | TRAINED | TRAINING | FAILURES | BEYOND | OTHERS
