@@ -86,7 +86,8 @@ def bridger(clip: CLIP, width: int, heads: int | None, stages) -> nn.ModuleDict:
     """Bridges for the given stages, by stage number. A ResNet's maps zoom to the middle one; a ViT's are alike."""
     visual, gated = clip.visual, clip.size.patch is not None
     factors = [max(s, visual.strides[1]) // min(s, visual.strides[1]) for s in visual.strides]
-    heads = heads or (8 if gated else 4)
+    most = 8 if gated else 4  # the original's, at width 64; fewer where a head would have fewer numbers than there
+    heads = heads or min(most, max(1, most * width // 64))
     return nn.ModuleDict(
         {
             str(i): Bridge(visual.channels[i], clip.size.text_width, width, heads, factors[i], i == 2, n == 0, gated)

@@ -14,6 +14,7 @@ from etris import (
     Interactor,
     Projector,
     assemble,
+    bridger,
     set_fast,
     sine,
     sine_grid,
@@ -281,6 +282,14 @@ def test_every_tuned_parameter_gets_a_gradient_but_the_gates_queries_and_keys(si
     assert 3 * 2 * (512 * 512 + 512) == 1_575_936  # what that is at the paper's size
 
 
+def test_heads_are_the_originals_at_its_width_and_fewer_where_they_would_be_narrower():
+    """4 of 16 numbers (ResNet), 8 of 8 (ViT) at width 64; at 128 as many; at 32 half as many; never none."""
+    for clip, most in ((CLIP(RESNET), 4), (CLIP(VIT), 8)):
+        widths = {128: most, 64: most, 32: most // 2, 16: most // 4, 8: max(1, most // 8)}
+        found = {d: bridger(clip, d, None, (1,))["1"].interact_v.cross_attn.heads for d in widths}
+        assert found == widths and bridger(clip, 16, 2, (1,))["1"].interact_t.cross_attn.heads == 2
+
+
 def test_tuned_is_what_training_changes_with_its_buffers():
     """Parameters that move and BatchNorm's statistics of tuned modules; nothing of the frozen CLIP."""
     model = small()
@@ -298,7 +307,7 @@ def test_look_names_what_a_notebook_asks_for(size):
     seen = model.look(images, tokens)
     assert seen["kernel"].shape == (2, 32, 3, 3) and seen["logits"].shape == (2, 1, 16, 16)
     attention = seen["bridger.1.interact_v.cross_attn"]
-    assert attention.shape == (2, 8 if size.patch else 4, 16, 8)
+    assert attention.shape == (2, 2 if size.patch else 1, 16, 8)  # heads of a Bridger of width 16
     assert torch.allclose(attention.sum(-1), torch.ones(2, attention.shape[1], 16))
     assert attention[1, :, :, 3:].max() == 0  # "dog" is start, dog, end: no place looks at its padding
     assert torch.equal(seen["logits"], model(images, tokens)) and model.seen is None
