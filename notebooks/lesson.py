@@ -172,5 +172,6 @@ def pca_colours(features):
 
 
 def spotlight(picture, mask):
-    """The picture (H, W, 3) with all but the mask (H, W) darkened, whatever colours are in it: 0 … 1."""
-    return np.asarray(picture) / 255 * np.where(mask, 1, 0.35)[..., None]
+    """The picture (H, W, 3), 0 … 1, in full colour under the mask (H, W) and pale grey elsewhere, black things too."""
+    picture = np.asarray(picture) / 255
+    return np.where(np.asarray(mask)[..., None], picture, 0.25 + 0.25 * picture)
