@@ -143,7 +143,7 @@ ARGUMENTS = (
         --size 100 → picture size 100
         --size 32000000 → --size: 32000000
         --words 2 → --words 2
-        --width 7 → width of 7
+        --width 33 → width of 33
         --seed -1 → --seed: -1
         --seed 99999999999 → --seed: 99999999999
         --workers -1 → --workers: -1
