@@ -4,6 +4,7 @@ Each case is a process of its own. It forks from one that has imported torch alr
 where there is none, it starts from nothing), runs the command's file as `python FILE …` would, and ends as it does.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -37,12 +38,24 @@ def child(argv, folder, log, room):
     os.chdir(folder)
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    if room:
-        import resource  # where there are no limits, this is missing
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
     sys.argv = argv
-    runpy.run_path(str(HERE / argv[0]), run_name="__main__")
+    with limited(room):
+        runpy.run_path(str(HERE / argv[0]), run_name="__main__")
+
+
+@contextlib.contextmanager
+def limited(room):
+    """No file may grow over `room` bytes; afterwards it may again, for what measures the coverage."""
+    if room is None:
+        yield
+        return
+    import resource  # where there are no limits, this is missing
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 @pytest.fixture(scope="module")

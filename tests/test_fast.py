@@ -4,6 +4,7 @@ max|Δ| / max|·| ≤ 1e-10 in float64 and ≤ 1e-4 in float32, for logits and f
 """
 
 import copy
+import json
 from dataclasses import astuple
 from itertools import pairwise
 
@@ -346,3 +347,30 @@ def test_computed_memory_is_the_line_through_the_measured():
     rows = list(benchmark.memory_rows(bench(), {"plain": None}, (1, 2), (2, 8)))
     assert [(row["batch"], row["memory_mb"], row["how"]) for row in rows] == [
         (1, 110, "measured"), (2, 120, "measured"), (8, 180, "computed")]  # fmt: skip
+
+
+def test_the_benchmark_prints_writes_and_draws_what_it_measured(monkeypatch, tmp_path, capsys):
+    """`--backbone tiny --batch-size 2 --quick --json`, three rounds of everything: rows as DESIGN names them."""
+    real = benchmark.take_turns
+    monkeypatch.setattr(benchmark, "take_turns", lambda functions, seconds: real(functions, 0))
+    path = tmp_path / "b.json"
+    benchmark.main(["--backbone", "tiny", "--batch-size", "2", "--quick", "--device", "cpu", "--json", str(path)])
+    rows = {row["row"]: row for row in json.loads(path.read_text())}
+    step = rows["train_step"]
+    assert step["speedup"] == pytest.approx(step["plain_seconds"] / step["seconds"])
+    assert {"backbone", "device", "seconds", "plain_seconds", "speedup", "memory_mb"} <= set(step)
+    assert step["backbone"] == "tiny" and 0 < rows["data"]["share"] < 100 and rows["machine"]["device"] == "cpu"
+    assert {"forward", "backward", "optimiser", "evaluation", "growth: batch", "growth: size"} <= rows.keys()
+    assert 0 < rows["matrix rate: plain"]["share"] < 100 and path.with_suffix(".png").stat().st_size > 5000
+    said = capsys.readouterr().out
+    assert all(f"\n{name}" in said for name in rows if name != "machine")
+
+
+def test_memory_of_larger_batches_is_the_line_through_the_measured_ones():
+    bench = benchmark.Bench("etris", "tiny", torch.device("cpu"), "random")
+    rungs = {name: tricks for name, tricks in benchmark.ladder(bench.device).items() if name == "plain"}
+    bench.fill(1).step(rungs["plain"])  # Adam's moments stand from now on
+    one, two, eight = benchmark.memory_rows(bench, rungs, (1, 2), (2, 8))
+    assert [row["how"] for row in (one, two, eight)] == ["measured", "measured", "computed"]
+    slope = two["memory_mb"] - one["memory_mb"]
+    assert slope > 0 and eight["memory_mb"] == pytest.approx(two["memory_mb"] + 6 * slope)

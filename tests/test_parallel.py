@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from test_train import FAST, run, same
+from torch import nn
 
 import parallel
 import train
@@ -206,3 +207,14 @@ def test_a_users_mistake_is_found_before_helpers_start(tmp_path):
     with started(tmp_path / "run", "--processes", "2", "--weights", "nowhere.pt") as process:
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 2 and errors.count("\n") == 1 and "nowhere.pt" in errors
+
+
+def test_on_gpus_tuned_norms_see_the_whole_batch_and_frozen_ones_stay():
+    """Every BatchNorm2d outside CLIP becomes a SyncBatchNorm with the same tensors; CLIP's stay as they are."""
+    model = train.build("tiny", weights="random", size=64, width=32)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    count = sum(isinstance(m, nn.BatchNorm2d) for n, m in model.named_modules() if not n.startswith("clip."))
+    parallel.sync_batch_norm(model)
+    converted = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert len(converted) == count > 0 and not any(name.startswith("clip.") for name in converted)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
