@@ -82,7 +82,7 @@ def shell(tmp_path_factory):
 
 def snapshot(folder):
     """Every file and folder below, with size and time of the last write; of what a run left, its bytes too."""
-    paths = {path: path.stat() for path in folder.rglob("*")}
+    paths = {path: path.stat() for path in folder.rglob("*") if not path.name.startswith(".coverage")}
     kept = {path: path.read_bytes() for path in (folder / "run").glob("*")}
     return {path: (path.is_dir() or (stat.st_size, stat.st_mtime_ns), kept.get(path)) for path, stat in paths.items()}
 
