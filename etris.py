@@ -360,9 +360,9 @@ def start_small(model):
 def assemble(clip, size=416, words=17, *, width=64, heads=None, stages=(0, 1, 2), dropout=0.1, released=False,
              **ours) -> ETRIS:  # fmt: skip
     """ETRIS around a frozen CLIP. released=True: exactly what the original released (SPEC 5.1); else ours, with
-    train_positions, connect, mask_padding to override the defaults that the ledger measured."""
+    train_positions (on with any bridge), connect, mask_padding to override the defaults that the ledger measured."""
     check_size(clip, size)
-    options = {"train_positions": False, "connect": False, "mask_padding": True}
+    options = {"train_positions": bool(stages), "connect": False, "mask_padding": True}
     if unknown := set(ours) - set(options):
         raise UserError(f"ETRIS has no option {min(unknown)!r}: choose of {', '.join(options)}")
     options |= ours

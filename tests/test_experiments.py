@@ -234,7 +234,7 @@ def test_every_row_can_be_built_in_miniature():
         assert title and len({row.name for row in rows}) == len(rows)
         for row in rows:
             own = settings(row, args, FAST)
-            model = train.make_model(own, torch.device("cpu"), **row.options)
+            model = train.make_model(own, torch.device("cpu"), **row.build)
             assert 0 <= experiments.count_tuned(model, encoders=True) < experiments.count_tuned(model)
 
 

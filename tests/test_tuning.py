@@ -208,7 +208,7 @@ def test_counts_of_the_zoom_layers_are_those_of_table_5(how):
 def test_with_the_bridger_the_counts_add_up(how):
     """Table 8: 4.33M and 3.14M are 2.39M + 1.94M and 1.20M + 1.94M."""
     assert count(on_paper(f"{how}+bridger"), "bridger.") == 1_942_080
-    assert count(on_paper(f"{how}+bridger"), "clip.") == count(on_paper(how), "clip.")
+    assert count(on_paper(f"{how}+bridger", train_positions=False), "clip.") == count(on_paper(how), "clip.")
 
 
 # ---- ETRIS with a part swapped
