@@ -43,7 +43,6 @@ except ImportError:  # Windows: there nothing keeps two processes off one folder
 
 VERSION = 1  # of the results files
 FEW, STEPS = 600, {"question": 2000}  # of a run in miniature, 150 s at most; at full size the preset's epochs
-BATCH = 16  # in miniature: 600 steps of 16 gave 33.6 mIoU in the time in which 300 of 32 gave 29.8 (ETRIS, two seeds)
 RATES = (1 / 3, 1, 3)  # times the preset's; at full size the preset's own, for the tables are on val itself
 SHOWN = ("oIoU", "mIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9")
 REMEMBER = 2 * 2**30  # bytes of features that are kept
@@ -202,7 +201,6 @@ def settings(row, args, more, rate=None, seed=0):
     """train.py's own arguments for a run of this row."""
     backbone = row.backbone[not args.small] if row.backbone else args.backbone
     given = ["--backbone", backbone, "--dataset", args.dataset, "--system", row.system, "--tuning", row.tuning]
-    given += ["--batch-size", str(BATCH)] if args.small else []
     own = train.arguments([*given, "--seed", str(seed), *more, *(["--lr", str(rate)] if rate else [])])
     per_epoch = len(train.epoch_batches(len(sources(own)[0]), own.batch_size, seed, 0))
     own.steps = args.steps or own.epochs * per_epoch
