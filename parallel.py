@@ -59,8 +59,10 @@ class World:
             tensor.copy_(whole)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module whose backward pass averages gradients over the ranks; each forward takes rank 0's buffers."""
-        return DistributedDataParallel(module) if self.size > 1 else module
+        """The module whose backward pass averages gradients over the ranks; buffers stay each rank's own."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer torch calls the option forward_sync_buffers
+            return DistributedDataParallel(module, broadcast_buffers=False) if self.size > 1 else module
 
     def hold(self, wrapped, last: bool):
         """Of several micro-batches only the last exchanges gradients: the sum of all."""

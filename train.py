@@ -41,8 +41,8 @@ from tuning import METHODS, SYSTEMS, build
 
 PAPER = {"size": 416, "epochs": 50, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 64,
          "dropout": 0.1, "beta2": 0.999}  # fmt: skip
-TINY = {"size": 128, "epochs": 8, "batch_size": 32, "lr": 1.2e-3, "bridge_lr": 1.2e-3, "schedule": "cosine", "width": 32,
-        "dropout": 0.0, "beta2": 0.98, "processes": 2}  # fmt: skip
+TINY = {"size": 128, "epochs": 9, "batch_size": 32, "lr": 1.2e-3, "bridge_lr": 1.2e-3, "schedule": "cosine",
+        "width": 32, "dropout": 0.0, "beta2": 0.98, "processes": 2}  # fmt: skip
 PRESETS = dict.fromkeys(SIZES, PAPER) | {"ViT-B-16": PAPER | {"bridge_lr": 1e-3}, "tiny": TINY,
                                          "tiny-vit": TINY | {"size": 96, "processes": 1}}  # fmt: skip
 DROPS = {"step": (35 / 50,), "two-step": (35 / 65, 55 / 65)}  # shares of a run: ETRIS (section 4.2), DETRIS' base
