@@ -315,7 +315,7 @@ def complete(args):
         raise UserError(f"--steps {args.steps} and --epochs {args.epochs}: give one of them, the other follows")
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise UserError(f"--dropout {args.dropout}: choose a share from 0 to below 1")
-    args.bridge_lr = preset["bridge_lr"] * ((args.lr or preset["lr"]) / preset["lr"])
+    args.bridge_lr = (args.lr or preset["lr"]) * (preset["bridge_lr"] / preset["lr"])
     for key, value in preset.items():
         if getattr(args, key, None) is None:
             setattr(args, key, value)
