@@ -65,7 +65,7 @@ def difference(yours, expected) -> str | None:
     if isinstance(expected, str):
         return None if str(yours).strip().lower() == expected.lower() else "another word was expected"
     if isinstance(expected, set):
-        return None if isinstance(yours, (set, list, tuple)) and set(yours) == expected else "other elements"
+        return None if isinstance(yours, (set, list, tuple, range)) and set(yours) == expected else "other elements"
     if isinstance(expected, list):  # a function's results
         found = [difference(*pair) for pair in zip(yours, expected, strict=True)]
         return next((f"try number {i}: {one}" for i, one in enumerate(found, 1) if one), None)

@@ -90,6 +90,8 @@ def test_answers_may_come_as_list_tensor_or_array(capsys):
 
     for answer in ([1024, 26, 26], torch.Size([1024, 26, 26]), torch.tensor([1024, 26, 26]), np.array([1024, 26, 26])):
         assert lesson.check("01 RN101 stage 1", answer) is True
+    for answer in ({*range(8)}, [*range(8)], range(8)):
+        assert lesson.check("02 not causal", answer) is True
 
 
 # ---------------------------------------------------------------------------------------------------- solutions
