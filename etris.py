@@ -384,14 +384,17 @@ def assemble(clip, size=416, words=17, *, width=64, heads=None, stages=(0, 1, 2)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
-    model.mask_padding, model.align_corners = options["mask_padding"], released
+    model.mask_padding, model.align_corners, model.options = options["mask_padding"], released, options
     return model.train()
 
 
 def build(backbone="tiny", size=128, words=17, weights=None, seed=0, **options) -> ETRIS:
-    """A model from plain values, which a checkpoint carries as `config` (seed matters for weights="random" only)."""
+    """A model from plain values, which a checkpoint carries as `config`, with the defaults that a version may change.
+
+    seed matters for weights="random" only.
+    """
     model = assemble(load_clip(backbone, weights, seed), size, words, **options)
-    values = {"backbone": backbone, "size": size, "words": words, "seed": seed, **options}
+    values = {"backbone": backbone, "size": size, "words": words, "seed": seed, **options, **model.options}
     model.config = {"weights": "random", **values} if weights == "random" else values
     return model
 

@@ -15,6 +15,7 @@ from etris import (
     Projector,
     assemble,
     bridger,
+    build,
     set_fast,
     sine,
     sine_grid,
@@ -340,3 +341,10 @@ def test_the_tiny_presets_go_through_the_same_loop(name):
     clip = load_clip(name, "random")
     model = assemble(clip, 128, 17, width=32).eval()
     assert model(torch.randn(1, 3, 128, 128), tokenize("a red ring", 17)).shape == (1, 1, 32, 32)
+
+
+def test_a_checkpoints_config_says_what_a_later_version_may_decide_otherwise():
+    """The defaults that were decided by measurement, so that old files keep loading when one is decided anew."""
+    config = build("tiny", size=64, weights="random", connect=True).config
+    assert (config["train_positions"], config["connect"], config["mask_padding"]) == (True, True, True)
+    assert build(**config).config == config and not build(**config | {"stages": ()}).bridger
