@@ -370,8 +370,8 @@ def markdown(name, done) -> str:
     first = done[0]
     note = (f"{first['config']['backbone']}, {first['dataset']} {first['split']}, {first['sentences']:,} sentences, "
             f"{first['steps']:,} steps, {max(map(len, groups.values()))} seeds (± their standard deviation), "
-            f"{first['threads']} threads, {first['hardware']}. Paper: RN101, RefCOCO val, printed as oIoU, computed as "
-            "mIoU (Pr@0.5 / 0.7 / 0.9). A difference within its own ± is none that these runs show.")  # fmt: skip
+            f"threads: {first['threads']}, {first['hardware']}. Paper: RN101, RefCOCO val, printed as oIoU, computed "
+            "as mIoU (Pr@0.5 / 0.7 / 0.9). A difference within its own ± is none that these runs show.")  # fmt: skip
     return "\n".join([*lines, "", note, ""])
 
 

@@ -161,14 +161,16 @@ def kept(function):
 
 
 def test_there_is_no_graph_below_the_first_trainable_place():
-    """Stem, layer1, layer2 and the words' first third keep nothing; from the first bridge on the graph begins."""
+    """Stem, layer1, layer2 keep nothing, nor the words' first third if positions are frozen; then a graph begins."""
     model, (images, tokens, _) = set_fast(model_of(SHALLOW, torch.float32)), inputs()
     begins = []
     for layer in model.clip.visual.stages:
         layer.register_forward_hook(lambda module, given, out: begins.append(out.requires_grad))
     visual, text = model.clip.visual, model.clip
-    size, _ = kept(lambda: (visual.stages[0](visual.stem(images)), text.stages[0](text.stem(tokens))))
-    assert size == 0
+    assert kept(lambda: visual.stages[0](visual.stem(images)))[0] == 0
+    words = kept(lambda: text.stages[0](text.stem(tokens)))[0]
+    model.clip.positional_embedding.requires_grad_(False)
+    assert words > kept(lambda: text.stages[0](text.stem(tokens)))[0] == 0
     begins.clear()
     model(images, tokens)
     assert begins == [False, True, True]

@@ -13,6 +13,7 @@ from conftest import record, write_folder
 
 import train
 from clip_model import HERE, UserError
+from etris import positions
 from official import load_checkpoint, read_checkpoint
 
 FAST = ["--weights", "random", "--limit", "8", "--batch-size", "4", "--device", "cpu", "--size", "64",
@@ -51,7 +52,8 @@ def test_a_run_leaves_the_folder_that_the_readme_promises(tmp_path):
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert {"oIoU", "mIoU", "Pr@0.5", "Pr@0.9", "minutes", "sentences", "refs", "images"} <= set(result)
     assert result["split"] == "test" and result["refs"] == 8
-    assert not any(name.startswith("clip.") for name in checkpoint["tuned"])  # never the frozen tensors
+    of_clip = {name for name in checkpoint["tuned"] if name.startswith("clip.")}  # never the frozen tensors
+    assert of_clip == {"clip.positional_embedding", "clip.visual.attnpool.positional_embedding"}
     assert read_checkpoint(tmp_path / "a" / "best.pt")["training"] is None  # and to share, no optimiser
 
 
@@ -162,15 +164,16 @@ def test_words_are_at_least_start_one_piece_and_end():
 
 
 def test_what_is_trained_and_what_is_frozen_is_counted_by_part(tmp_path, capsys):
-    """One line a part, the sums below: CLIP all frozen, everything else tuned."""
+    """One line a part, the sums below: of CLIP only its positions are tuned, of everything else all."""
     run(tmp_path / "a", "--steps", 1)
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if " tuned" in line]
     found = {name: (int(tuned.replace(",", "")), int(frozen.replace(",", ""))) for name, tuned, _, frozen, _ in lines}
     model = load_checkpoint(tmp_path / "a" / "last.pt")
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     counts = {name: count for name, count in counts.items() if count}
-    expected = {name: (0, count) if name == "clip" else (count, 0) for name, count in counts.items()}
-    assert found == expected | {"all": (sum(counts.values()) - counts["clip"], counts["clip"])}
+    places = sum(p.numel() for p in positions(model.clip))
+    expected = {name: (count, 0) for name, count in counts.items()} | {"clip": (places, counts["clip"] - places)}
+    assert found == expected | {"all": tuple(map(sum, zip(*expected.values(), strict=True)))}
     assert list(found)[-1] == "all" and {"bridger", "hierarchical", "global_", "projector"} < set(found)
 
 
