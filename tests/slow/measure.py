@@ -1,8 +1,8 @@
 """Runs that decided a default or a claim of the README: the default run with one thing changed, over seeds.
 
-    python tests/slow/measure.py still-positions --seeds 0 1 2 --steps 500        →  appended to results/defaults.json
+    python tests/slow/measure.py still --seeds 0 1 2 --steps 500        →  appended to results/defaults.json
 
-defaults    the run as it is                     still-positions  CLIP's positional embeddings frozen (original: not)
+defaults    the run as it is                     still       CLIP's positional embeddings frozen (original: not)
 connect     the attention pool's extra branch    padding     padding takes part in the Bridger's attention (original)
 frozen      no Bridger                           no-sentence every sentence is empty     no-picture  every picture grey
 start       torch's initial values everywhere, not a tenth of them where bridges and decoder branches join
@@ -26,7 +26,7 @@ import evaluate  # noqa: E402
 import train  # noqa: E402
 
 BUILD, LETTERBOX, TOKENIZE, START = train.build, data.letterbox, data.tokenize, etris.start_small
-OPTIONS = {"still-positions": {"train_positions": False}, "connect": {"connect": True}, "padding": {"mask_padding": False}}
+OPTIONS = {"still": {"train_positions": False}, "connect": {"connect": True}, "padding": {"mask_padding": False}}
 CASES = ["defaults", *OPTIONS, "start", "frozen", "no-sentence", "no-picture"]
 
 
