@@ -31,7 +31,7 @@ import train  # noqa: E402
 from clip_model import HERE, Norm, tokenize  # noqa: E402
 from command import Parser, command, integer  # noqa: E402
 from data import TrainSet, open_dataset, train_loader  # noqa: E402
-from etris import Gate, Projector, set_fast, text_to_pixel_loss  # noqa: E402
+from etris import Enlarge, Gate, Projector, set_fast, text_to_pixel_loss  # noqa: E402
 from evaluate import evaluate, write_file  # noqa: E402
 from official import pick_device, pick_dtype  # noqa: E402
 
@@ -63,7 +63,7 @@ class Tricks:
 
 def kind(module) -> str:
     """Which trick a module's `fast` belongs to."""
-    kinds = {Gate: "gate", Projector: "projector", Norm: "norm"}
+    kinds = {Gate: "gate", Projector: "projector", Enlarge: "enlarge", Norm: "norm"}
     return kinds.get(type(module), "attention")
 
 
@@ -74,6 +74,7 @@ def ladder(device, compiled=False) -> dict[str, Tricks]:
     rungs = {"plain": rung}
     for name, one in (("attention without its map", "attention"), ("one-key attention as a gate", "gate"),
                       ("kernels without a grouped convolution", "projector"),
+                      ("channels mixed before enlarging", "enlarge"),
                       ("frozen BatchNorm in its convolution", "norm")):  # fmt: skip
         rungs[name] = rung = replace(rung, fast=(*rung.fast, one))
     rungs["channels last"] = rung = replace(rung, channels_last=True)
@@ -238,7 +239,7 @@ def part_rows(bench, tricks):
 
 def rate_rows(bench, rungs, steps):
     """The device's best rate at large matrices, and the share of it that a step reaches by the work it must do."""
-    needed = replace(rungs["plain"], fast=("gate", "projector"), dtype=torch.float32)
+    needed = replace(rungs["plain"], fast=("gate", "projector", "enlarge"), dtype=torch.float32)
     with FlopCounterMode(display=False) as counter:
         bench.step(needed)
     for name in ("plain", FAST):
