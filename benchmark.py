@@ -101,9 +101,9 @@ def now(device) -> float:
 class Bench:
     """A model, an optimiser of each kind and a random batch; `step(tricks)` takes one training step."""
 
-    def __init__(self, system, backbone, device, weights):
-        self.args = train.arguments(["--system", system, "--backbone", backbone, "--weights", weights])
-        self.model, self.device = train.make_model(self.args, device), device
+    def __init__(self, args, device, **more):
+        """args: train.py's; more: given to `build`."""
+        self.args, self.model, self.device = args, train.make_model(args, device, **more), device
         learn = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.adams = {fused: torch.optim.Adam(learn, lr=0.0, fused=fused) for fused in (False, True)}
         self.scalers = {used: torch.amp.GradScaler(device.type, enabled=used) for used in (False, True)}
@@ -275,21 +275,24 @@ def memory_rows(bench, rungs, measured, wanted):
                 yield {"row": f"memory: {name}", "batch": batch, "memory_mb": line, "how": "computed"}
 
 
+def sentence_seconds(bench, tricks, source, batch, objects=None) -> tuple[float, int]:
+    """Seconds that a sentence takes, from picture to mask, `batch` of them at a time, and how many there were."""
+    bench.dress(tricks)
+    dtype = None if tricks.dtype is torch.float32 else tricks.dtype
+    for limit in (1, objects):  # the first one warms up
+        before = now(bench.device)
+        result, _ = evaluate(bench.model, source, bench.device, limit=limit, batch_size=batch, dtype=dtype,
+                             progress=False)  # fmt: skip
+    return (now(bench.device) - before) / result["sentences"], result["sentences"]
+
+
 def evaluation_rows(bench, rungs, objects, batch):
-    """Sentences per second from picture to mask: plain, one at a time, as the original; fast, in batches."""
-    source, found = open_dataset("scenes", "val", limit=objects, side=bench.args.size), {}
-    for name, size in (("plain", 1), (FAST, batch)):
-        bench.dress(rungs[name])
-        dtype = None if rungs[name].dtype is torch.float32 else rungs[name].dtype
-        for limit in (1, None):  # the first one warms up
-            before = now(bench.device)
-            result, _ = evaluate(bench.model, source, bench.device, limit=limit, batch_size=size, dtype=dtype,
-                                 progress=False)  # fmt: skip
-        found[name] = result["sentences"] / (now(bench.device) - before)
-    fast, plain = found[FAST], found["plain"]
-    yield {"row": "evaluation", "batch": batch, "sentences": result["sentences"], "seconds": 1 / fast,
-           "plain_seconds": 1 / plain, "sentences_per_second": fast, "plain_sentences_per_second": plain,
-           "speedup": fast / plain}  # fmt: skip
+    """Sentences per second: plain, one at a time, as the original; fast, in batches."""
+    source = open_dataset("scenes", "val", limit=objects, side=bench.args.size)
+    plain, _ = sentence_seconds(bench, rungs["plain"], source, 1)
+    fast, count = sentence_seconds(bench, rungs[FAST], source, batch)
+    rates = {"sentences_per_second": 1 / fast, "plain_sentences_per_second": 1 / plain, "speedup": plain / fast}
+    yield {"row": "evaluation", "batch": batch, "sentences": count, "seconds": fast, "plain_seconds": plain} | rates
 
 
 def data_rows(bench, tricks, batch, steps, workers):
@@ -310,7 +313,8 @@ def data_rows(bench, tricks, batch, steps, workers):
 # ---------------------------------------------------------------------------------------------------- the command
 def case_rows(system, backbone, device, args):
     """All rows of one model."""
-    bench, cuda = Bench(system, backbone, device, args.weights or "random"), device.type == "cuda"
+    own = train.arguments(["--system", system, "--backbone", backbone, "--weights", args.weights or "random"])
+    bench, cuda = Bench(own, device), device.type == "cuda"
     small, rungs = "tiny" in backbone, ladder(device, args.compile)
     batch = args.batch_size or (bench.args.batch_size if cuda or small else 2)
     steps, seconds = {}, (20 if small else 60) if args.quick else 120

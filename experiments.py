@@ -1,4 +1,4 @@
-"""10. The paper's tables as data: trains their rows in miniature or at full size, and prints paper | here.
+"""10. The paper's tables (tables.py): trains their rows in miniature or at full size, and prints paper | here.
 
     python experiments.py table6 --seeds 3                                  tiny CLIP, drawn scenes, a laptop
     python experiments.py table6 --backbone RN101 --dataset refcoco --data data        the same at full size, one GPU
@@ -13,13 +13,11 @@ What the paper prints as oIoU is its code's mIoU (README, ledger). Options that 
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
 import operator
 import shutil
-import statistics
 import time
 from pathlib import Path
 
@@ -27,14 +25,14 @@ import torch
 from tqdm import tqdm
 
 import train
-from clip_model import CLIP, HERE, SIZES
+from clip_model import HERE
 from command import Parser, UserError, command, integer
 from data import REFER
-from etris import assemble
 from evaluate import evaluate, group_scores, write_file
 from official import pick_device, pick_dtype
 from scenes import FLAVOURS
-from tuning import apply, build, parse
+from tables import TABLES, Row, by_row, count_tuned, counts, differences, draw, report
+from tuning import build, parse
 
 try:
     import fcntl
@@ -45,92 +43,7 @@ VERSION = 1  # of the results files
 FEW, STEPS = 600, {"question": 2000}  # of a run in miniature, 150 s at most; at full size the preset's epochs
 BATCH = 16  # in miniature: 600 steps of 16 gave 33.6 mIoU in the time in which 300 of 32 gave 29.8 (ETRIS, two seeds)
 RATES = (6.67e-4, 2e-3, 6e-3)  # in miniature; at full size the preset's own, for the tables are on val itself
-SHOWN = ("oIoU", "mIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9")
 REMEMBER = 2 * 2**30  # bytes of features that are kept
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A line of a table: its name, `tuning` of build, what the paper prints (score, Pr@.5 .7 .9; parameters), why the
-    count here may differ; `options` go to build, `backbone` names the miniature and the full-size one if not the
-    command's."""
-
-    name: str
-    tuning: str
-    printed: tuple = ()
-    parameters: str = ""
-    why: str = ""
-    options: dict = dataclasses.field(default_factory=dict)
-    system: str = "etris"
-    backbone: tuple = ()
-
-    @property
-    def build(self) -> dict:
-        """What is given to build. ETRIS leaves CLIP's positions frozen here: rows differ in what they name alone."""
-        return ({"train_positions": False} if self.system == "etris" else {}) | self.options
-
-
-def bridged(name, **changes) -> Row:
-    """ETRIS under another name, with another thing or two."""
-    return dataclasses.replace(ETRIS, name=name, **changes)
-
-
-FULL = Row("full tuning", "full", (70.47, 82.62, 71.35, 17.69), "120.74M",
-           "printed: with the pool's extra branch (1,049,600) and logit_scale; the score is CRIS's")  # fmt: skip
-FROZEN = Row("fix backbone", "frozen", (67.73, 79.53, 66.10, 12.41), "0.00M")
-ADAPTER = Row("Adapter", "adapter", (69.46, 81.05, 69.69, 16.16), "2.39M",
-              "text says both encoders; printed is the picture encoder's share alone, 2,391,904")  # fmt: skip
-CONV = Row("Conv Adapter", "conv-adapter", (69.33, 80.79, 69.80, 15.95), "1.20M")
-ETRIS = Row("ETRIS", "bridger", (71.06, 83.43, 72.68, 17.40), "1.94M")
-ZOOM_A, ZOOM_C = (70.94, 82.89, 72.18, 17.89), (70.62, 82.36, 71.05, 17.70)
-VIT = ("tiny-vit", "ViT-B-16")
-TABLES = {
-    "table2": ("Parameter-efficient tuning", (
-        FULL, FROZEN, ADAPTER, CONV,
-        Row("Compacter", "compacter", (69.11,), "0.19M", "neither n nor rank is printed; here n = 4, rank 1"),
-        Row("CoOp", "coop", (67.87,), "4.10K"),
-        Row("LoRA", "lora", (68.84,), "0.03M",
-            "here rank 4, queries and values of both encoders; printed is the attention pool's share, 32,768"),
-        ETRIS)),
-    "table4": ("Number and scope of Bridgers", (
-        bridged("2->n, 1", printed=(70.96,), parameters="0.43M", options={"stages": (0,)}),
-        bridged("n/2->n, 1", printed=(70.18,), parameters="0.29M", why="printed is cut, not rounded",
-              options={"stages": (1,)}),
-        bridged("n->n, 1", printed=(69.65,), parameters="1.22M", options={"stages": (2,)}),
-        bridged("2->n, 2", printed=(70.75,), parameters="0.72M", why="printed is cut, not rounded",
-              options={"stages": (0, 1)}),
-        bridged("n/2->n, 2", printed=(70.53,), parameters="1.51M", options={"stages": (1, 2)}),
-        bridged("2->n, 3"))),
-    "table5": ("Zoom layers", (
-        Row("linear", "bridger+zoom-linear", ZOOM_A, "5.77M"),
-        Row("conv & interpolate", "bridger+zoom-interpolate", (70.08, 81.17, 68.07, 15.95), "1.45M"),
-        Row("MLP", "bridger+zoom-mlp", ZOOM_C, "1.68M"),
-        bridged("conv & deconv"))),
-    "table6": ("Without a part", (
-        Row("without HA", "bridger+no-ha", (58.70, 69.53, 45.52, 4.33)),
-        Row("without Bridger", "frozen", (67.73, 79.62, 68.47, 15.41)),
-        Row("without GA", "bridger+no-ga", (62.21, 71.51, 53.41, 11.16)),
-        bridged("ETRIS"))),
-    "table7": ("Width of the Bridger", tuple(
-        bridged(f"d = {width}", printed=printed, parameters=parameters, options={"width": width})
-        for width, parameters, printed in (
-            (8, "0.22M", (70.55, 82.56, 70.52, 16.60)), (16, "0.45M", (70.78, 82.98, 70.96, 17.01)),
-            (32, "0.92M", (70.92, 83.31, 71.19, 17.42)), (64, "1.94M", ETRIS.printed),
-            (128, "4.28M", (70.39, 82.51, 71.12, 16.99))))),
-    "table8": ("With other methods", (
-        FULL, FROZEN, ADAPTER, CONV, ETRIS,
-        Row("Adapter + ETRIS", "adapter+bridger", (71.67, 84.25, 73.50, 18.43), "4.33M", "as Adapter"),
-        Row("Conv Adapter + ETRIS", "conv-adapter+bridger", (72.11, 84.46, 73.92, 18.74), "3.14M"))),
-    "systems": ("Three systems", (
-        Row("fix backbone, ViT", "frozen", backbone=VIT),
-        Row("ETRIS, ViT", "bridger", (70.51,), backbone=VIT),
-        Row("BarLeRIa without global", "bridger", (71.4,), options={"global_prior": False}, system="barleria",
-            backbone=VIT),
-        Row("BarLeRIa", "bridger", (72.2,), system="barleria", backbone=VIT),
-        Row("DETRIS", "bridger", (76.0,), system="detris", backbone=("tiny-dino", "dinov2-base")),
-        Row("CoOp, ViT", "coop", (67.87,), backbone=VIT))),  # the best of tuning.py in table 2 in miniature
-    "question": ("Does the Bridger help?", (FROZEN, ETRIS)),
-}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------- what rows share
@@ -221,13 +134,6 @@ def configuration(own, row) -> dict:
     sha = frozen_hash(own.system, own.backbone, own.weights, own.size, own.seed if own.weights == "random" else 0)
     fixed = {"tuning": "+".join(parse(own.tuning)), "frozen": sha, "data": data_hash(own)}
     return json.loads(json.dumps({name: getattr(own, name) for name in names} | fixed | row.build))
-
-
-def count_tuned(model, encoders=False) -> int:
-    """Parameters that learn; encoders=True: without the decoder, as the paper's tables count them."""
-    head = ("hierarchical.", "global_.", "projector.")
-    learns = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
-    return sum(count for name, count in learns if not (encoders and name.startswith(head)))
 
 
 def run_once(own, row, bar, below) -> dict:
@@ -336,52 +242,13 @@ def chosen_rows(name, wanted) -> list[Row]:
     return [row for row in known.values() if not wanted or row.name in wanted]
 
 
-# ---------------------------------------------------------------------------------------------------- reports
-def spread(values) -> str:
-    """mean ± standard deviation over seeds; the value alone where there is one."""
-    mean = statistics.mean(values)
-    return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f}"
-
-
-def by_row(done) -> dict[str, list[dict]]:
-    """Row's name → its runs by seed."""
-    groups = {}
-    for run in done:
-        groups.setdefault(run["row"], []).append(run)
-    return groups
-
-
-def markdown(name, done) -> str:
-    """The table as README shows it: paper | here."""
-    title, rows = TABLES[name]
-    printed, groups = {row.name: row for row in rows}, by_row(done)
-    reference = next((row.name for row in rows if row.printed == ETRIS.printed and row.name in groups), None)
-    lines = [f"| {title} | paper | {' | '.join(SHOWN)} | mIoU less {reference or '–'} | tuned | in the encoders | rate "
-             "| seconds |", "|---" * (len(SHOWN) + 7) + "|"]  # fmt: skip
-    for row, runs in groups.items():
-        score, *precisions = printed[row].printed or ("–",)
-        paper = f"{score} ({' / '.join(f'{x:.2f}' for x in precisions)})" if precisions else score
-        scores = " | ".join(spread([run[metric] for run in runs]) for metric in SHOWN)
-        pairs = [a["mIoU"] - b["mIoU"] for a, b in zip(runs, groups.get(reference, ()), strict=False)]
-        against = spread(pairs) if pairs and row != reference else "–"
-        tail = f"{runs[0]['tuned']:,} | {runs[0]['tuned_encoders']:,} | {runs[0]['rate']:g}"
-        seconds = statistics.mean(run["seconds"] for run in runs)
-        lines.append(f"| {row} | {paper} | {scores} | {against} | {tail} | {seconds:.0f} |")
-    first = done[0]
-    note = (f"{first['config']['backbone']}, {first['dataset']} {first['split']}, {first['sentences']:,} sentences, "
-            f"{first['steps']:,} steps, {max(map(len, groups.values()))} seeds (± their standard deviation), "
-            f"threads: {first['threads']}, {first['hardware']}. Paper: RN101, RefCOCO val, printed as oIoU, computed "
-            "as mIoU (Pr@0.5 / 0.7 / 0.9). A difference within its own ± is none that these runs show.")  # fmt: skip
-    return "\n".join([*lines, "", note, ""])
-
-
 def table_path(name, args) -> Path:
     """RESULTS/table6.json; of another backbone or data set RESULTS/table6-RN101-refcoco.json."""
     default = (args.backbone, args.dataset) == ("tiny", "scenes")
     return args.results / (name + ("" if default else f"-{args.backbone}-{Path(args.dataset).name}") + ".json")
 
 
-def write_table(name, args, done):
+def write_table(name, args, done, costs=None):
     """The table's .json, .md and .png: the runs so far, and rows of an earlier call that are comparable with them."""
     path, order, groups = table_path(name, args), [row.name for row in TABLES[name][1]], by_row(done)
     same = operator.itemgetter("steps", "data", "dataset", "size", "batch_size")
@@ -390,104 +257,31 @@ def write_table(name, args, done):
             done = [*done, run]
     done = sorted(done, key=lambda run: order.index(run["row"]))
     extra = {"difference": differences(done)} if name == "question" and len(by_row(done)) == 2 else {}
+    extra |= {"costs": costs} if costs else {}
     file = {"version": VERSION, "table": name, "runs": done} | extra
     write_file(path, json.dumps(file, indent=1).encode())
-    text = markdown(name, done) + ("\n" + question_table(file["difference"]) if extra else "")
-    write_file(path.with_suffix(".md"), text.encode())
+    write_file(path.with_suffix(".md"), report(file).encode())
     draw(TABLES[name][0], done, path.with_suffix(".png"))
 
 
-def draw(title, done, path):
-    """mIoU against tuned parameters of the encoders: mean and standard deviation over seeds."""
-    from matplotlib.figure import Figure
+# ---------------------------------------------------------------------------------------------- what systems cost
+def costs(rows, args, more) -> dict[str, dict]:
+    """Row → what a step, its memory and a sentence to be found cost: fast paths, by turns, nothing shared."""
+    from benchmark import FAST, Bench, ladder, middle, sentence_seconds, take_turns  # the one look upwards
 
-    figure = Figure((7, 4.2), layout="constrained")
-    axis = figure.subplots()
-    for row, runs in by_row(done).items():
-        x, values = runs[0]["tuned_encoders"], [run["mIoU"] for run in runs]
-        error = statistics.stdev(values) if len(values) > 1 else 0
-        axis.errorbar(x, statistics.mean(values), yerr=error, fmt="o", capsize=3)
-        axis.annotate(row, (x, statistics.mean(values)), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axis.set_xscale("symlog", linthresh=1000)
-    axis.set_xlim(-200, 4 * max(1000, *(run["tuned_encoders"] for run in done)))
-    axis.set(xlabel="tuned parameters in the encoders", ylabel="mIoU on test, percent", title=title)
-    figure.savefig(path, dpi=110)
+    device = pick_device(settings(rows[0], args, more).device)[0]
+    tricks, benches = ladder(device)[FAST], {}
+    for row in rows:
+        own = settings(row, args, more)
+        benches[row.name] = Bench(own, device, **row.build).fill(own.batch_size)
 
+    def find(bench):
+        return {"": sentence_seconds(bench, tricks, sources(bench.args)[2], 2 * bench.args.batch_size, objects=50)[0]}
 
-# -------------------------------------------------------------------------------------- does the Bridger help?
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-       2.110, 2.101, 2.093)  # Student's t, 97.5 %, by degrees of freedom  # fmt: skip
-
-
-def interval(differences) -> dict:
-    """Paired t: mean, standard deviation over n seeds, and the 95 % interval of the mean (None for one seed)."""
-    n, mean = len(differences), statistics.mean(differences)
-    if n < 2:
-        return {"mean": mean, "sd": None, "low": None, "high": None, "seeds": n}
-    sd = statistics.stdev(differences)
-    half = (T95[n - 2] if n - 2 < len(T95) else 1.96 + 2.5 / (n - 1)) * sd / n**0.5
-    return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "seeds": n}
-
-
-def pooled(run, kinds) -> float:
-    """mIoU over all sentences of these kinds."""
-    found = [run["kinds"][kind] for kind in kinds if kind in run["kinds"]]
-    return sum(k["sentences"] * k["mIoU"] for k in found) / max(1, sum(k["sentences"] for k in found))
-
-
-def differences(done) -> dict[str, dict]:
-    """With the Bridger less without it, seed by seed: in all, by kind, and how much more relations and order gain."""
-    without, bridged = (by_row(done)[row.name] for row in TABLES["question"][1])
-    pairs = list(zip(bridged, without, strict=False))
-    gains = {metric: [a[metric] - b[metric] for a, b in pairs] for metric in ("oIoU", "mIoU")}
-    for kind in [*bridged[0]["kinds"], *(["relation, order"] if bridged[0]["kinds"] else [])]:
-        gains[kind] = [pooled(a, kind.split(", ")) - pooled(b, kind.split(", ")) for a, b in pairs]
-    if {"relation, order", "attribute"} <= set(gains):
-        both = zip(gains["relation, order"], gains["attribute"], strict=True)
-        gains["relation, order less attribute"] = [a - b for a, b in both]
-    return {what: interval(values) for what, values in gains.items()}
-
-
-def question_table(found) -> str:
-    lines = ["| gain of the Bridger, points | mean | 95 % interval over seeds | seeds |", "|---|---|---|---|"]
-    for what, x in found.items():
-        between = "–" if x["low"] is None else f"{x['low']:+.2f} to {x['high']:+.2f}"
-        lines.append(f"| {what} | {x['mean']:+.2f} | {between} | {x['seeds']} |")
-    return "\n".join(
-        [*lines, "", "The interval is training's chance on these test scenes, not that of the scenes.", ""]
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- counts
-def on_paper(tuning="bridger", backbone="RN101", **options):
-    """The model at real size without its numbers: what a parameter count needs."""
-    with torch.device("meta"):
-        options |= {} if "bridger" in parse(tuning) else {"stages": ()}
-        return apply(assemble(CLIP(SIZES[backbone]).requires_grad_(False), 416, 17, **options), parse(tuning))
-
-
-def counts() -> str:
-    """Tables 2 to 5, 7 and 8: paper | here | why, in numbers the encoders tune; table 3 with decoder and total."""
-    lines = ["| table | row | paper | here | why |", "|---|---|---|---|---|"]
-    for name in ("table2", "table4", "table5", "table7", "table8"):
-        for row in TABLES[name][1]:
-            here = count_tuned(on_paper(row.tuning, **row.build), encoders=True)
-            lines.append(f"| {name[5:]} | {row.name} | {row.parameters} | {here:,} | {row.why} |")
-    for backbone, (paper, whole, why) in TABLE3.items():
-        model = on_paper(backbone=backbone, train_positions=False)
-        encoders, every = count_tuned(model, encoders=True), count_tuned(model)
-        lines.append(f"| 3 | {backbone} Bridger | {paper} | {encoders:,} | {why} |")
-        lines.append(f"| 3 | {backbone} decoder | 23.98M | {every - encoders:,} | {SENTENCE} |")
-        lines.append(f"| 3 | {backbone} total | {whole} | {every:,} | the two together |")
-    return "\n".join(lines)
-
-
-SENTENCE = "printed is RN101's without HA's sentence projection, 23,981,569"
-TABLE3 = {
-    "RN50": ("1.68M", "25.66M", "not determinable: RN50 and RN101 have the same shapes where bridges stand"),
-    "RN101": ("1.94M", "25.92M", ""),
-    "ViT-B-16": ("1.39M", "25.37M", "width 128 would give 1,387,648; configured is 64"),
-}
+    steps = take_turns({row: lambda bench=bench: bench.step(tricks) for row, bench in benches.items()}, 90)
+    finds = take_turns({row: lambda bench=bench: find(bench) for row, bench in benches.items()}, 60)
+    return {row: {"step": middle(steps[row]["train_step"]), "sentence": middle(finds[row][""]),
+                  "memory_mb": bench.memory(tricks)} for row, bench in benches.items()}  # fmt: skip
 
 
 @command
@@ -513,9 +307,9 @@ def main(argv=None):
     with only_one(args.results):
         read_results(table_path(args.table, args))  # before anything is trained
         done = run_table(args.table, args, more)
-    print(markdown(args.table, done))
-    if args.table == "question" and len(by_row(done)) == 2:
-        print(question_table(differences(done)))
+        if args.table == "systems":
+            write_table("systems", args, done, costs(chosen_rows("systems", args.rows), args, more))
+        print(report(read_results(table_path(args.table, args))))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import benchmark
 import experiments
 import scenes
 import train
-from experiments import TABLES, Below, chosen_rows, counts, differences, interval, main, markdown, settings
+from experiments import Below, chosen_rows, main, settings
+from tables import TABLES, against, count_tuned, counts, differences, interval, markdown, spread
 
 FAST = ["--weights", "random", "--limit", "6", "--size", "64", "--batch-size", "4", "--device", "cpu"]
 
@@ -235,7 +237,7 @@ def test_every_row_can_be_built_in_miniature():
         for row in rows:
             own = settings(row, args, FAST)
             model = train.make_model(own, torch.device("cpu"), **row.build)
-            assert 0 <= experiments.count_tuned(model, encoders=True) < experiments.count_tuned(model)
+            assert 0 <= count_tuned(model, encoders=True) < count_tuned(model)
 
 
 # ---- arithmetic
@@ -271,10 +273,10 @@ def test_the_question_writes_its_intervals(tmp_path):
 
 
 def test_a_spread_is_the_standard_deviation_over_seeds(finished):
-    assert experiments.spread([1.0, 3.0]) == "2.00 ± 1.41" and experiments.spread([2.0]) == "2.00"
+    assert spread([1.0, 3.0]) == "2.00 ± 1.41" and spread([2.0]) == "2.00"
     runs = finished[1]["runs"]
     gap = [a["mIoU"] - b["mIoU"] for a, b in zip(runs[:2], runs[2:], strict=True)]
-    assert f"| {experiments.spread(gap)} |" in markdown("table6", runs)
+    assert f"| {spread(gap)} |" in markdown("table6", runs)
 
 
 def test_counts_prints_every_table_with_the_paper_beside():
@@ -291,3 +293,25 @@ def test_counts_prints_every_table_with_the_paper_beside():
         unit = {"M": 1e6, "K": 1e3}[line[2][-1]]
         equal = abs(int(line[3].replace(",", "")) - float(line[2][:-1]) * unit) <= 0.0051 * unit
         assert equal or line[4].strip(" |"), line
+
+
+# ---- three systems
+def test_systems_are_compared_with_their_costs_and_what_was_published(tmp_path, monkeypatch):
+    """Two rows, two steps: the file holds what a step, its memory and a sentence cost; the page shows the reviews'."""
+    real = benchmark.take_turns
+    monkeypatch.setattr(benchmark, "take_turns", lambda functions, seconds: real(functions, 0))
+    file = run(tmp_path, "systems", "--seeds", "1", "--lr", "0.001", "--rows", "ETRIS, ViT", "BarLeRIa")
+    assert list(file["costs"]) == ["ETRIS, ViT", "BarLeRIa"]
+    for cost in file["costs"].values():
+        assert cost["step"]["seconds"] > 0 and cost["sentence"]["rounds"] >= 3 and cost["memory_mb"] > 10
+    assert file["costs"]["BarLeRIa"]["memory_mb"] > file["costs"]["ETRIS, ViT"]["memory_mb"]
+    text = (tmp_path / "results" / "systems.md").read_text()
+    assert "| 0.88 / 1.28 / 1.16 |" in text and "| ETRIS, ViT-B/16 | the same | 70.51 / 73.51 / 66.63 |" in text
+    again = run(tmp_path, "systems", "--seeds", "1", "--lr", "0.001", "--rows", "ETRIS, ViT")
+    assert set(again["costs"]) == {"ETRIS, ViT"} and [one["row"] for one in again["runs"]] == ["ETRIS, ViT", "BarLeRIa"]
+
+
+def test_costs_are_compared_with_etris_own():
+    """A step of 3 s against 2 s, as much memory, half the time to find: 1.50 / 1.00 / 0.50."""
+    costs = {"ETRIS, ViT": (2, 5, 8), "other": (3, 5, 4)}
+    assert against(costs, "other") == "1.50 / 1.00 / 0.50" and against({"other": (3, 5, 4)}, "other") == "–"

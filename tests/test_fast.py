@@ -19,7 +19,7 @@ import train
 import tuning
 from clip_model import CLIP, Attention, Norm, Size, build_clip, fill_by_name, tokenize
 from data import open_dataset
-from etris import Gate, Projector, assemble, set_fast, text_to_pixel_loss
+from etris import Enlarge, Gate, Projector, assemble, convolve_doubled, set_fast, text_to_pixel_loss
 from evaluate import evaluate
 
 DEEP = Size(32, 64, (3, 4, 23, 3), 8, None, 64, 12, 20)
@@ -94,7 +94,7 @@ def test_set_fast_is_the_only_switch():
     """What has a fast path is `fast = False` until then, in every system's modules, and a new model is plain."""
     model = model_of(SHALLOW)
     kinds = {type(m) for m in model.modules() if hasattr(m, "fast")}
-    assert {Norm, Attention, Gate, Projector} <= kinds and not any(m.fast for m in model.modules() if type(m) in kinds)
+    assert {Norm, Attention, Gate, Projector, Enlarge} <= kinds and not any(m.fast for m in model.modules() if type(m) in kinds)
     assert all(m.fast for m in set_fast(model).modules() if type(m) in kinds)
 
 
@@ -218,6 +218,34 @@ def test_the_gates_dead_tensors_stay_in_the_state_dict_and_never_move():
     assert torch.equal(after[:dead], before[:dead]) and not torch.equal(after[dead:], before[dead:])
 
 
+# ---- the projector
+@pytest.mark.parametrize("size", [(3, 4), (1, 5), (6, 2), (1, 1)])
+@pytest.mark.parametrize("dtype", BOUND)
+def test_channels_may_be_mixed_before_a_map_is_enlarged(size, dtype):
+    """What the 3×3 convolution of the enlarged map and `convolve_doubled` makes, borders included; gradients too."""
+    x, weight = torch.randn(2, 5, *size, dtype=dtype), torch.randn(7, 5, 3, 3, dtype=dtype)
+    found = []
+    for function in (lambda x, w: F.conv2d(F.interpolate(x, scale_factor=2, mode="bilinear"), w, padding=1),
+                     convolve_doubled):  # fmt: skip
+        one, two = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = function(one, two)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)).sum().backward()
+        found.append({"out": out.detach(), "x": one.grad, "weight": two.grad})
+    assert_same(*found, BOUND[dtype])
+
+
+def test_no_map_is_enlarged_and_no_1x1_convolution_runs_on_the_largest(monkeypatch):
+    """Plain: two enlargements, three convolutions and one by the sentence's kernel. Fast: none of these."""
+    projector = Projector(model_of(SHALLOW, torch.float32).clip)
+    features, sentence = torch.randn(2, 64, 4, 4), torch.randn(2, 32)
+    seen = calls(monkeypatch, F, "conv2d")
+    plain = projector(features, sentence)
+    assert len(seen) == 4
+    seen.clear()
+    assert_same({"logits": plain}, {"logits": set_fast(projector)(features, sentence)}, 1e-4)
+    assert not seen
+
+
 # ---- the step
 def test_fused_adam_takes_the_same_steps():
     """Three steps from the same gradients; float32, so to a millionth."""
@@ -305,7 +333,7 @@ def test_compiling_leaves_names_and_numbers(monkeypatch, tmp_path):
 # ---- benchmark.py
 def test_the_ladder_leads_from_the_plain_path_to_what_training_does():
     """No trick on the first rung; on the last the modules, layout and optimiser of train.py; one more on each."""
-    bench = benchmark.Bench("etris", "tiny", torch.device("cpu"), "random")
+    bench = benchmark.Bench(train.arguments(["--weights", "random"]), torch.device("cpu"))
     rungs = benchmark.ladder(bench.device)
     climb = list(rungs.values())[: list(rungs).index(benchmark.FAST) + 1]
     assert climb[0] == benchmark.Tricks() and climb[-1].fused and climb[-1].channels_last
@@ -321,7 +349,7 @@ def test_the_ladder_leads_from_the_plain_path_to_what_training_does():
 
 def test_what_the_benchmark_measures_adds_up():
     """Three parts are the step; parts of the model are 100 %; the peak grows with the batch; and no weight moves."""
-    bench = benchmark.Bench("etris", "tiny", torch.device("cpu"), "random").fill(1, 32)
+    bench = benchmark.Bench(train.arguments(["--weights", "random"]), torch.device("cpu")).fill(1, 32)
     before = {name: x.clone() for name, x in bench.model.named_parameters()}
     tricks = benchmark.ladder(bench.device)[benchmark.FAST]
     spent = bench.step(tricks)
@@ -369,7 +397,7 @@ def test_the_benchmark_prints_writes_and_draws_what_it_measured(monkeypatch, tmp
 
 
 def test_memory_of_larger_batches_is_the_line_through_the_measured_ones():
-    bench = benchmark.Bench("etris", "tiny", torch.device("cpu"), "random")
+    bench = benchmark.Bench(train.arguments(["--weights", "random"]), torch.device("cpu"))
     rungs = {name: tricks for name, tricks in benchmark.ladder(bench.device).items() if name == "plain"}
     bench.fill(1).step(rungs["plain"])  # Adam's moments stand from now on
     one, two, eight = benchmark.memory_rows(bench, rungs, (1, 2), (2, 8))
