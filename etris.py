@@ -107,7 +107,8 @@ class Gate(Attention):
     """features ⊙ attention(features → one sentence token), equation 6.
 
     With one key the softmax is 1: every place gets W_o(W_v s + b_v) + b_o, and what makes queries and keys never learns
-    (2·(d² + d) parameters, 1,575,936 in three gates of width 512). The fast path computes that gate and nothing else.
+    (2·(d² + d) parameters, 1,575,936 in three gates of width 512). The fast path computes that gate and nothing else,
+    and the optimiser leaves out the dead rows.
     """
 
     def forward(self, features, sentence):
@@ -268,7 +269,8 @@ class Projector(nn.Module):
         """The same without a grouped convolution, the last 1×1 one taken into the kernel: nine dot products at each
         place of x (B, D/2, H, W), each then shifted to where its kernel cell points."""
         cells, mix = kernel.flip(2, 3).flatten(2).mT, self.vis[4]  # (B, 9, D/2)
-        dots = cells @ mix.weight.flatten(1) @ x.flatten(2) + (cells @ mix.bias)[:, :, None]  # (B, 9, H·W)
+        matrix = mix.weight.permute(0, 2, 3, 1).flatten(1)  # its gradient lies channels-last, as training wants it
+        dots = cells @ matrix @ x.flatten(2) + (cells @ mix.bias)[:, :, None]  # (B, 9, H·W)
         return F.fold(dots, x.shape[2:], 3, padding=1)
 
 

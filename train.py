@@ -33,7 +33,7 @@ import parallel
 from clip_model import HERE, SIZES
 from command import SEED, Parser, UserError, command, integer
 from data import FLAVOURS, Source, TrainSet, blame, epoch_batches, open_dataset, train_loader
-from etris import set_fast, text_to_pixel_loss
+from etris import Gate, set_fast, text_to_pixel_loss
 from evaluate import evaluate, grid_ceiling, write_file
 from official import VERSION, pick_device, pick_dtype, read_checkpoint, restore_tuned
 from predict import draw_curves, draw_predictions
@@ -99,12 +99,14 @@ def update(run, batch, before, loss):
 
     Infinite gradients under an fp16 scaler mean that its scale was too high: nothing moves but the scale, down to 1.
     """
+    for whole, values in run.partly.items():
+        values.grad = whole.grad.chunk(3)[2]
     gradients = [x.grad for group in run.adam.param_groups for x in group["params"] if x.grad is not None]
     largest = 0.0 if run.scaler.is_enabled() else torch.nn.utils.get_total_norm(gradients, math.inf).item()
     scale, finite = run.scaler.get_scale(), math.isfinite(loss) and math.isfinite(largest)
     if finite:
         run.scaler.step(run.adam), run.scaler.update()
-    run.adam.zero_grad()
+    run.forget()
     if finite and run.scaler.get_scale() >= scale:
         return run.rate.step()
     for x, good in zip(run.statistics, before, strict=True):
@@ -162,11 +164,14 @@ class Run:
         self.totals, self.busy, self.stop, self.skipped = [0.0, 0.0], False, False, 0
         self.statistics = [x for _, x in model.tuned() if not x.requires_grad]  # BatchNorm's: a forward pass moves them
         self.world, self.objective = parallel.World(), Objective(model)
+        gates = [module for module in model.modules() if isinstance(module, Gate)]
+        joint = [x for gate in gates for x in (gate.in_proj_weight, gate.in_proj_bias)]
+        self.partly = {whole: nn.Parameter(whole.detach().chunk(3)[2]) for whole in joint}  # what of it can learn
         parts = {1.0: [], "bridger": []}  # a parameter's `pace` slows it down: CLIP's own, where they learn
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 part = "bridger" if name.startswith("bridger.") else getattr(parameter, "pace", 1.0)
-                parts.setdefault(part, []).append(parameter)
+                parts.setdefault(part, []).append(self.partly.get(parameter, parameter))
         rates = {part: args.bridge_lr if part == "bridger" else part * args.lr for part in parts}
         groups = [{"params": parts[part], "lr": rates[part]} for part in parts]
         groups, fused = [group for group in groups if group["params"]], device.type != "mps"
@@ -186,6 +191,10 @@ class Run:
         self.objective = world.wrap(objective)
         if not world.first:
             torch.manual_seed(self.args.seed + 10**6 * world.rank + self.steps)
+
+    def forget(self):
+        """The gradients of the last step."""
+        self.adam.zero_grad(), self.model.zero_grad()
 
     def interrupt(self, *_):
         """Ctrl-C or SIGTERM: stop after the step that is running, or the end of an epoch; at once elsewhere."""
@@ -236,6 +245,8 @@ class Run:
         self.epoch, self.done, self.steps, self.best = (moving[key] for key in ("epoch", "done", "steps", "best"))
         self.adam.load_state_dict(moving["adam"]), self.scaler.load_state_dict(moving["scaler"])
         self.rate.load_state_dict(moving["rate"])
+        if any(x["exp_avg"].shape != parameter.shape for parameter, x in self.adam.state.items()):
+            raise UserError(f"{path}: its optimiser is an older train.py's: start anew, or evaluate {self.out}/best.pt")
         kind, keys, *rest = moving["random"]["numpy"]
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
         random.setstate((3, tuple(moving["random"]["python"]), None))

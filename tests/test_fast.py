@@ -94,7 +94,8 @@ def test_set_fast_is_the_only_switch():
     """What has a fast path is `fast = False` until then, in every system's modules, and a new model is plain."""
     model = model_of(SHALLOW)
     kinds = {type(m) for m in model.modules() if hasattr(m, "fast")}
-    assert {Norm, Attention, Gate, Projector, Enlarge} <= kinds and not any(m.fast for m in model.modules() if type(m) in kinds)
+    assert {Norm, Attention, Gate, Projector, Enlarge} <= kinds
+    assert not any(m.fast for m in model.modules() if type(m) in kinds)
     assert all(m.fast for m in set_fast(model).modules() if type(m) in kinds)
 
 
@@ -204,18 +205,39 @@ def test_scaled_dot_product_attention_wherever_no_map_is_asked_for(monkeypatch):
     assert_same({name: plain[name] for name in maps}, {name: fast[name] for name in maps}, 1e-4)
 
 
-def test_the_gates_dead_tensors_stay_in_the_state_dict_and_never_move():
-    """What makes queries and keys gets a gradient of exactly 0 on the fast path, so Adam leaves it alone."""
-    model, (images, tokens, masks) = set_fast(model_of(SHALLOW, torch.float32)), inputs()
-    name = "hierarchical.gates.0.in_proj_weight"
-    before = model.state_dict()[name].clone()
-    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+def test_the_gates_dead_tensors_stay_in_the_state_dict_and_out_of_the_optimiser(tmp_path):
+    """Width 64, three gates: 3 · 2 · (64² + 64) = 24,960 numbers that Adam does not know; the rest of a gate learns."""
+    args = train.arguments(["--weights", "random", "--out", str(tmp_path), "--lr", "0.01"])
+    model, (images, tokens, masks) = model_of(SHALLOW, torch.float32), inputs()
+    run = train.Run(args, set_fast(model), torch.device("cpu"), torch.float32, 10)
+    known = sum(x.numel() for group in run.adam.param_groups for x in group["params"])
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) - known == 24960
+    before = {name: x.clone() for name, x in model.state_dict().items()}
     for _ in range(3):
+        train.step(run, {"image": images, "tokens": tokens, "mask": masks, "ref_id": torch.arange(2)})
+    for name, x in model.state_dict().items():
+        if "gates" in name and "in_proj" in name:
+            dead = len(x) // 3 * 2
+            assert torch.equal(x[:dead], before[name][:dead]) and not torch.equal(x[dead:], before[name][dead:])
+    assert all(x.grad is None for group in run.adam.param_groups for x in group["params"])
+
+
+def test_leaving_the_dead_rows_out_changes_no_step(tmp_path):
+    """Three steps by train.py and three of an Adam that knows every parameter: the same numbers, to the last bit."""
+    args = train.arguments(["--weights", "random", "--out", str(tmp_path), "--lr", "0.01"])
+    start, (images, tokens, masks) = model_of(SHALLOW, torch.float32), inputs()
+    one, other = set_fast(copy.deepcopy(start)), set_fast(copy.deepcopy(start))
+    run = train.Run(args, one, torch.device("cpu"), torch.float32, 10)
+    assert len(run.partly) == 6
+    run.rate.step = lambda: None
+    adam = torch.optim.Adam([p for p in other.parameters() if p.requires_grad], run.rate.get_last_lr()[0],
+                            betas=(0.9, args.beta2), fused=True)  # fmt: skip
+    for _ in range(3):
+        train.step(run, {"image": images, "tokens": tokens, "mask": masks, "ref_id": torch.arange(2)})
         adam.zero_grad()
-        text_to_pixel_loss(model(images, tokens), masks).backward()
+        text_to_pixel_loss(other(images.contiguous(memory_format=torch.channels_last), tokens), masks).backward()
         adam.step()
-    after, dead = model.state_dict()[name], len(before) // 3 * 2
-    assert torch.equal(after[:dead], before[:dead]) and not torch.equal(after[dead:], before[dead:])
+    assert all(torch.equal(x, other.state_dict()[name]) for name, x in one.state_dict().items())
 
 
 # ---- the projector
