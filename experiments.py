@@ -27,10 +27,11 @@ from tqdm import tqdm
 import train
 from clip_model import HERE
 from command import Parser, UserError, command, integer
-from data import REFER
+from data import REFER, open_dataset
 from evaluate import evaluate, group_scores, write_file
 from official import pick_device, pick_dtype
 from scenes import FLAVOURS
+from settings import ENOUGH
 from tables import TABLES, Row, by_row, count_tuned, counts, differences, draw, report
 from tuning import build, parse
 
@@ -49,12 +50,12 @@ REMEMBER = 2 * 2**30  # bytes of features that are kept
 # ------------------------------------------------------------------------------------------- what rows share
 @functools.cache
 def open_split(dataset, split, data, limit, side):
-    return train.open_dataset(dataset, split, data, limit, side)
+    return open_dataset(dataset, split, data, limit, side)
 
 
 def sources(args):
     """Train, val and test; of drawn scenes each is drawn once. RefCOCO's tables are on val (section 5.1)."""
-    enough = train.ENOUGH if args.dataset in FLAVOURS else {}
+    enough = ENOUGH if args.dataset in FLAVOURS else {}
     splits = ("train", "val", "val" if args.dataset in REFER else "test")
     limits = [args.limit or enough.get(split) for split in splits]
     pairs = zip(splits, limits, strict=True)

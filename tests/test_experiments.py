@@ -14,6 +14,7 @@ import experiments
 import scenes
 import train
 from experiments import Below, chosen_rows, main, settings
+from settings import PRESETS
 from tables import TABLES, against, count_tuned, counts, differences, interval, markdown, spread
 
 FAST = ["--weights", "random", "--limit", "6", "--size", "64", "--batch-size", "4", "--device", "cpu"]
@@ -87,7 +88,7 @@ def test_what_differs_is_another_configuration():
         for rate, seed in ((0.001, 0), (0.002, 0), (0.001, 1)):
             own = settings(row, args, FAST, rate, seed)
             known.add(json.dumps(experiments.configuration(own, row), sort_keys=True))
-    same = {"ETRIS", "2->n, 3", f"d = {train.PRESETS['tiny']['width']}"}
+    same = {"ETRIS", "2->n, 3", f"d = {PRESETS['tiny']['width']}"}
     assert len(known) == 3 * (len(rows) - len(same & set(rows)) + 1)
 
 

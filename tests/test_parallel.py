@@ -16,6 +16,7 @@ from torch import nn
 import parallel
 import train
 from clip_model import HERE
+from data import open_dataset
 from evaluate import evaluate
 from official import read_checkpoint
 
@@ -45,7 +46,7 @@ def scores(world):
     model = train.build("tiny", weights="random", size=64, width=32)
     model.hierarchical.merge[1].running_mean.fill_(world.rank)
     world.copy_first(tensor for _, tensor in model.tuned())
-    source = train.open_dataset("scenes", "val", limit=7, side=64)
+    source = open_dataset("scenes", "val", limit=7, side=64)
     return evaluate(model, source, progress=False, threshold=0.5, world=world)
 
 

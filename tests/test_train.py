@@ -13,6 +13,7 @@ from conftest import record, write_folder
 
 import train
 from clip_model import HERE, UserError
+from data import open_dataset
 from etris import positions
 from official import load_checkpoint, read_checkpoint
 
@@ -200,7 +201,7 @@ def test_overfit_takes_the_largest_masks(tmp_path, capsys):
     """--overfit 2: of eight objects the two that cover most, repeated for training, once for validation."""
     args = train.arguments([*FAST, "--overfit", "2"])
     training, validation = train.open_sources(args)
-    shares = sorted(np.mean(item.mask) for item in train.open_dataset("scenes", "train", limit=8, side=64).items)
+    shares = sorted(np.mean(item.mask) for item in open_dataset("scenes", "train", limit=8, side=64).items)
     assert sorted(np.mean(item.mask) for item in validation.items) == shares[-2:]
     assert len(training) == 80 and training[79].picture.shape == (64, 64, 3)
     train.main([*FAST, "--overfit", "2", "--epochs", "1", "--out", str(tmp_path / "a")])
