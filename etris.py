@@ -338,15 +338,15 @@ class ETRIS(nn.Module):
     def encode(self, images, tokens, owner=None):
         """images (B, 3, S, S), tokens (B, L) → three maps (B, C_i, H_i, W_i), words (B, L, D), sentence (B, E).
 
-        owner (B,): each sentence's picture, where sentences share them; stem and first stage then see each but once.
+        owner (B,): each sentence's picture, where sentences share them; what lies below the first bridge sees each once.
         """
         visual, text = self.clip.visual, self.clip
         ignore = padding(tokens) if self.mask_padding else None
-        v, t, carry, maps = visual.stem(images), text.stem(tokens), None, []
+        v, t, carry, maps, shared = visual.stem(images), text.stem(tokens), None, [], owner is not None
         for i in range(3):
             v, t = self.run(visual.stages[i], v), self.run(text.stages[i], t)
-            if i == 0 and owner is not None:
-                v = v[owner]
+            if shared and str(i) in self.bridger:  # from here on a sentence changes what is seen
+                v, maps, shared = v[owner], [x[owner] for x in maps], False
             self.note(f"visual{i}.before", visual.as_map(v)), self.note(f"text{i}.before", t)
             if str(i) in self.bridger:
                 dv, dt, carry = self.bridger[str(i)](visual.as_map(v), t, carry, ignore)
@@ -355,7 +355,7 @@ class ETRIS(nn.Module):
         maps[2] = visual.head(v)
         if self.clip.size.patch is None:
             maps[2] = F.relu(maps[2] + self.connect(v) if self.connect else maps[2])
-        return maps, *text.head(t, tokens)
+        return [x[owner] for x in maps] if shared else maps, *text.head(t, tokens)
 
     def forward(self, images, tokens, **owner):
         """images (B, 3, S, S) normalised, tokens (B, L) → logits (B, 1, S/4, S/4); owner: see `encode`."""

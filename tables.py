@@ -224,8 +224,14 @@ def draw(title, done, path):
         error = statistics.stdev(values) if len(values) > 1 else 0
         axis.errorbar(x, statistics.mean(values), yerr=error, fmt="o", capsize=3)
         axis.annotate(row, (x, statistics.mean(values)), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axis.set_xscale("symlog", linthresh=1000)
-    axis.set_xlim(-200, 4 * max(1000, *(run["tuned_encoders"] for run in done)))
+    counts = [run["tuned_encoders"] for run in done]
+    if min(counts):
+        axis.set_xscale("log")
+        axis.set_xlim(min(counts) / 2, 4 * max(counts))
+    else:
+        axis.set_xscale("symlog", linthresh=1000)
+        axis.set_xlim(-200, 4 * max(1000, *counts))
+        axis.set_xticks([0, *(10**n for n in range(3, 9) if 10**n < 4 * max(counts))])
     axis.set(xlabel="tuned parameters in the encoders", ylabel="mIoU on test, percent", title=title)
     figure.savefig(path, dpi=110)
 

@@ -297,16 +297,16 @@ def test_bf16_stays_near():
 
 
 # ---- evaluation
-@pytest.mark.parametrize("stages", [(0, 1, 2), ()])
-def test_a_picture_of_several_sentences_is_seen_once_below_the_bridges(stages):
-    """Two pictures, five sentences: the logits of five pictures; stem and first stage see two."""
+@pytest.mark.parametrize("stages, begins", [((0, 1, 2), 1), ((1,), 2), ((2,), 3), ((), 3)])
+def test_a_picture_of_several_sentences_is_seen_once_below_the_bridges(stages, begins):
+    """Two pictures, five sentences: the logits of five pictures; stem and stages below the first bridge see two."""
     model, (images, tokens, _) = set_fast(model_of(SHALLOW, stages=stages)).eval(), inputs(4)
     images, tokens, owner = images[:2].double(), tokens[[0, 1, 2, 3, 0]], torch.tensor([0, 0, 1, 0, 1])
     each, seen = model(images[owner], tokens), []
     for layer in (model.clip.visual.layer1, *model.clip.visual.stages):
         layer.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
     assert_same({"logits": each}, {"logits": model(images, tokens, owner=owner)}, 1e-10)
-    assert seen == [2, 2, 5, 5]
+    assert seen == [2] * (1 + begins) + [5] * (3 - begins)
 
 
 def test_evaluation_shares_pictures_and_measures_the_same():
