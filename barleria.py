@@ -19,7 +19,7 @@ from command import UserError
 from etris import ETRIS, GlobalAlignment, HierarchicalAlignment, Projector, check_size, positions, start_small
 
 PAPER = {"size": 416, "epochs": 50, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 144,
-         "dropout": 0.1, "beta2": 0.999, "words": 17}  # 17 on G-Ref too (SPEC 6.3, 7) # fmt: skip
+         "dropout": 0.1, "beta2": 0.999, "words": 17}  # 17 on RefCOCOg too # fmt: skip
 TINY = {"size": 96, "epochs": 3, "batch_size": 16, "lr": 1.5e-3, "bridge_lr": 1.5e-3, "schedule": "cosine",
         "width": 48, "dropout": 0.0, "beta2": 0.98}  # fmt: skip
 PRESETS = {"ViT-B-16": PAPER, "tiny-vit": TINY}  # width: the side network's
@@ -161,7 +161,7 @@ class SideNetwork(nn.Module):
         """max(0, cos) of every token x (B, T, w) with the prior p (B, w) → (B, T, 1).
 
         differs: the original's code normalises p over the batch (over_batch), so that a picture's result hangs on
-        its neighbours; over the channels it is the cosine the paper means (SPEC 6.3, 4).
+        its neighbours; over the channels it is the cosine the paper means (ledger B2).
         """
         p = F.normalize(p, dim=0 if self.over_batch else 1)
         return (F.normalize(x, dim=-1) @ p[:, :, None]).clamp(0, 1)
@@ -195,7 +195,7 @@ class SideNetwork(nn.Module):
 # ------------------------------------------------------------------------------------------------------ the whole
 class BarLeRIa(ETRIS):
     """ETRIS' decoder behind a CLIP ViT with adapted shortcuts. side None: "No Global". both_ways: prompts for the text
-    too, which the original has but cannot run (SPEC 6.3, 1)."""
+    too, which the original has but cannot run (ledger B1)."""
 
     def __init__(self, clip, hierarchical, global_, projector, side=None, both_ways=False, size=416, words=17):
         super().__init__(clip, nn.ModuleDict(), hierarchical, global_, projector, None, size, words)

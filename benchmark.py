@@ -1,12 +1,13 @@
-"""15. How fast, how large, and what each trick buys: the plain path against the fast one, on the device there is.
+"""14. How fast, how large, and what each trick buys: the plain path against the fast one, on the device there is.
 
     python benchmark.py --quick --json results/benchmark.json         ten minutes on two cores
     python benchmark.py --backbone RN101 --device cuda                one backbone, whole
 
 Plain is what the original computes: its modules, batch and number format (fp16 on a GPU, fp32 elsewhere), cuDNN on.
-Fast is what train.py does unasked: the ladder's last rung. Weights are random unless --weights is given: the time does
-not hang on them. All variants of a step take turns in one process; the first round warms up and is not counted; numbers
-are medians with quartiles. Adam's rate is 0: every step is the same. The device is awaited before a clock is read.
+Fast is what train.py does unasked, the ladder's last rung (but its Adam knows the gates' dead rows). Weights are random
+unless --weights is given: the time does not hang on them. All variants of a step take turns in one process; the first
+round warms up and is not counted; numbers are medians with quartiles. Adam's rate is 0: every step is the same. The
+device is awaited before a clock is read.
 """
 
 import gc
@@ -155,19 +156,19 @@ class Bench:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()  # other models, too
             self.step(tricks)
-            return torch.cuda.max_memory_allocated() / 2**20 - self.moments(not tricks.fused)
+            return self.stands(tricks) + (torch.cuda.max_memory_allocated() - before) / 2**20
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
             self.step(tricks)
         events = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
         sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-        stands = sum(x.nbytes for x in self.model.state_dict().values()) / 2**20 + self.moments(tricks.fused)
-        return stands + max(np.cumsum(sizes)) / 2**20
+        return self.stands(tricks) + max(np.cumsum(sizes)) / 2**20
 
-    def moments(self, fused) -> float:
-        """MB that one of the two Adams holds."""
-        state = self.adams[fused].state.values()
-        return sum(x.nbytes for moments in state for x in moments.values()) / 2**20
+    def stands(self, tricks) -> float:
+        """MB of the model and of one of the two Adams' moments."""
+        moments = (x for state in self.adams[tricks.fused].state.values() for x in state.values())
+        return sum(x.nbytes for x in (*self.model.state_dict().values(), *moments)) / 2**20
 
 
 def take_turns(functions, seconds) -> dict[str, dict]:

@@ -224,7 +224,7 @@ class AttentionPool(nn.Module):
         return self.c_proj(out)[:, 0]
 
     def dense(self, x):
-        """(B, C, H, W) → (B, E, H, W): every place asks every place; no mean token (ETRIS, SPEC 1.1)."""
+        """(B, C, H, W) → (B, E, H, W): every place asks every place; no mean token (ETRIS' own change)."""
         height, width = x.shape[2:]
         x = self.tokens(x)[:, 1:].contiguous()  # else F.linear multiplies picture by picture
         out, _ = attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, fast=self.fast)

@@ -13,7 +13,10 @@ class UserError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose complaints are one line as all others are."""
+    """argparse, whose complaints are one line as all others are; no option may be shortened."""
+
+    def __init__(self, **more):
+        super().__init__(allow_abbrev=False, **more)
 
     def error(self, message):
         self.exit(2, f"error: {' '.join(message.split())}: --help lists what there is\n")

@@ -88,7 +88,7 @@ def open_dataset(name, split, data=None, limit=None, side=160, skipped=None) -> 
 
     data: the folder that `prepare.py` filled ("data"); limit: the first so many objects; side: pixels of a scene.
     skipped: a list for what is wrong with lines of refs.jsonl, which else is a UserError.
-    In a mix no picture trains that an evaluation split of the sets in it shows (FACTS 1.8: leaks).
+    In a mix no picture trains that an evaluation split of the sets in it shows (ledger 27: leaks).
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: at least 1")
@@ -114,10 +114,14 @@ def read_refs(name, data, skipped=None) -> list[Item]:
     return read_refer(name, data) if name in REFER else read_folder(Path(name), skipped)
 
 
+class NoSplit(UserError):
+    """The data set is whole, but has no such split."""
+
+
 def choose(name, split, refs, limit, side) -> list[Item] | Scenes:
     there = SPLITS if refs is None else sorted({ref.split for ref in refs})
     if split not in there:
-        raise UserError(f"{name}: split {split} has no refs; the splits there are: {', '.join(there) or 'none'}")
+        raise NoSplit(f"{name}: split {split} has no refs; the splits there are: {', '.join(there) or 'none'}")
     if refs is None:
         return Scenes(name, split, limit=limit, side=side)
     refs = [ref for ref in refs if ref.split == split][:limit]
@@ -162,7 +166,7 @@ class NoClasses(pickle.Unpickler):
 
 
 def read_refer(name, data) -> list[Item]:
-    """Every ref of one of the RefCOCO sets, from the archives' own files (FACTS 2, Format)."""
+    """Every ref of one of the RefCOCO sets, from the archives' own files."""
     path, pictures, refs = data / REFER[name], data / "images" / "train2014", []
     instances, remedy = path.with_name("instances.json"), f"get it with `python prepare.py {name} --data {data}`"
     with blame(instances, remedy):
@@ -269,7 +273,7 @@ class Box:
 
     @property
     def rectangle(self) -> tuple[int, int, int, int]:
-        """top, left, height, width: scale min(S/H, S/W), centred (SPEC 0), at least one pixel each way."""
+        """top, left, height, width: scale min(S/H, S/W), centred, at least one pixel each way."""
         height, width = (max(1, round(side * self.size / max(self.original))) for side in self.original)
         return (self.size - height) // 2, (self.size - width) // 2, height, width
 

@@ -153,7 +153,7 @@ def convolve(inside: int, outside: int, kernel: int, planar: bool) -> nn.Sequent
 class DenseBranches(nn.Module):
     """Three branches, 1×1, 3×3 and 5×5 wide, each reading z and all branches before it: the "dense" in the name.
 
-    differs: the paper speaks of dense links between layers; in its code they stay inside one aligner (SPEC 2.2).
+    differs: the paper speaks of dense links between layers; in its code they stay inside one aligner (ledger D1).
     """
 
     def __init__(self, rank: int, planar: bool):
@@ -307,7 +307,7 @@ SIZES = {
     "dinov2-large-mixed": LARGE,
 }
 TEXTS = dict.fromkeys(SIZES, "ViT-B-16") | {"tiny-dino": "tiny"}  # whose text tower
-WHERE = {  # blocks with an aligner; text blocks with an adapter, and the adapters' rank (SPEC 2.4)
+WHERE = {  # blocks with an aligner; text blocks with an adapter, and the adapters' rank, as released
     "tiny-dino": {"aligners": range(1, 6, 2), "adapters": range(1, 3), "text_rank": 32},
     "dinov2-base": {"aligners": range(1, 12, 2), "adapters": range(1, 12, 2), "text_rank": 64},
     "dinov2-large": {"aligners": range(2, 24, 4), "adapters": range(1, 12, 2), "text_rank": 64},

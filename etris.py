@@ -37,7 +37,7 @@ class Interactor(nn.Module):
 
 
 class GatedInteractor(nn.Module):
-    """The ViT's interactor: x ⊙ attention(x → other). differs: the paper draws equation 5 here too (SPEC 6.1, 2)."""
+    """The ViT's interactor: x ⊙ attention(x → other). differs: the paper draws equation 5 here too (ledger 2)."""
 
     def __init__(self, width: int, heads: int, **_):
         super().__init__()
@@ -200,7 +200,8 @@ class GlobalAlignment(nn.Module):
 
 
 def doubling(n: int, like) -> Tensor:
-    """(3, 2n, n): bilinear enlargement ×2 of n places as a matrix, as each tap of a padded 3-convolution sees it."""
+    """(3, 2n, n): bilinear enlargement ×2 of n places as a matrix, shifted as each tap of a padded 3-convolution sees
+    it: row y of slice k says what the k-th tap meets at output y."""
     rows = F.interpolate(torch.eye(n, device=like.device)[None], scale_factor=2, mode="linear")[0].T
     rows = F.pad(rows.to(like.dtype), (0, 0, 1, 1))  # the convolution's zeros
     return torch.stack([rows[k : k + 2 * n] for k in range(3)])
@@ -209,7 +210,12 @@ def doubling(n: int, like) -> Tensor:
 def convolve_doubled(x, weight):
     """A 3×3 convolution, weight (O, C, 3, 3), of x (B, C, h, w) enlarged ×2 → (B, O, 2h, 2w).
 
-    Enlarging leaves channels alone, so they are mixed before it, at a quarter of the places: a quarter of the work.
+    Enlarging leaves channels alone, so they are mixed before it, at a quarter of the places: a quarter of the work, and
+    something for the two matrices that enlarge. Below is, so laid out that nothing is copied,
+        x = einsum("bchw,ockl->bkhwlo", x, weight)
+        x = einsum("kyh,bkhwlo->bywlo", doubling(h, x), x)
+        x = einsum("lxw,bywlo->boyx", doubling(w, x), x)
+    In bf16 nine rounded numbers are added where a convolution rounds their sum: about twice its error.
     """
     B, _, h, w = x.shape
     x, taps = x.permute(0, 2, 3, 1).flatten(1, 2), weight.permute(2, 1, 3, 0).flatten(2)  # (B, N, C), (3, C, 3·O)
@@ -269,7 +275,7 @@ class Projector(nn.Module):
         """The same without a grouped convolution, the last 1×1 one taken into the kernel: nine dot products at each
         place of x (B, D/2, H, W), each then shifted to where its kernel cell points."""
         cells, mix = kernel.flip(2, 3).flatten(2).mT, self.vis[4]  # (B, 9, D/2)
-        matrix = mix.weight.permute(0, 2, 3, 1).flatten(1)  # its gradient lies channels-last, as training wants it
+        matrix = mix.weight.permute(0, 2, 3, 1).flatten(1)  # so its gradient lies as DDP wants it, channels last
         dots = cells @ matrix @ x.flatten(2) + (cells @ mix.bias)[:, :, None]  # (B, 9, H·W)
         return F.fold(dots, x.shape[2:], 3, padding=1)
 
@@ -338,7 +344,8 @@ class ETRIS(nn.Module):
     def encode(self, images, tokens, owner=None):
         """images (B, 3, S, S), tokens (B, L) → three maps (B, C_i, H_i, W_i), words (B, L, D), sentence (B, E).
 
-        owner (B,): each sentence's picture, where sentences share them; what lies below the first bridge sees each once.
+        owner (B,): the number of each sentence's picture, where there are fewer pictures than sentences: what lies
+        below the first bridge then sees each picture once.
         """
         visual, text = self.clip.visual, self.clip
         ignore = padding(tokens) if self.mask_padding else None
@@ -357,7 +364,7 @@ class ETRIS(nn.Module):
             maps[2] = F.relu(maps[2] + self.connect(v) if self.connect else maps[2])
         return [x[owner] for x in maps] if shared else maps, *text.head(t, tokens)
 
-    def forward(self, images, tokens, **owner):
+    def forward(self, images, tokens, **owner):  # not the other systems': there pictures hear words from the start
         """images (B, 3, S, S) normalised, tokens (B, L) → logits (B, 1, S/4, S/4); owner: see `encode`."""
         check_size(self.clip, *images.shape[2:])
         maps, words, sentence = self.encode(images, tokens, **owner)
@@ -403,7 +410,7 @@ def start_small(model):
 
 def assemble(clip, size=416, words=17, *, width=64, heads=None, stages=(0, 1, 2), dropout=0.1, released=False,
              **ours) -> ETRIS:  # fmt: skip
-    """ETRIS around a frozen CLIP. released=True: exactly what the original released (SPEC 5.1); else ours, with
+    """ETRIS around a frozen CLIP. released=True: parameters and wiring of what the original released; else ours, with
     train_positions (on with any bridge), connect, mask_padding to override the defaults that the ledger measured."""
     check_size(clip, size)
     options = {"train_positions": bool(stages), "connect": False, "mask_padding": True}
@@ -424,7 +431,7 @@ def assemble(clip, size=416, words=17, *, width=64, heads=None, stages=(0, 1, 2)
     if not released:
         start_small(model)
     elif connect:
-        connect.requires_grad_(False)  # random and never trained: SPEC 6.1, 10c
+        connect.requires_grad_(False)  # random and never trained: ledger 10c
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout

@@ -1,4 +1,4 @@
-"""5. How good is it: oIoU, mIoU and Pr@X over every sentence, at the picture's own size (FACTS 3).
+"""5. How good is it: oIoU, mIoU and Pr@X over every sentence, at the picture's own size.
 
     python evaluate.py runs/x/best.pt --dataset refcoco --split val --data data --json val.json
     python evaluate.py runs/x/best.pt --split test-numbers --by digits --by objects       drawn scenes: where it fails
@@ -294,6 +294,7 @@ def main(argv=None):
     add("--device", choices=["cpu", "cuda", "mps"])
     add("--keep-going", action="store_true", help="skip what cannot be read: said, and counted as skipped")
     add("--by", choices=BY, action="append", default=[], help="of scenes: the score by it, with a figure; repeatable")
+    add("--words", type=integer(3, 77), metavar="N", help="tokens a sentence has at most (the checkpoint's)")
     add("--threshold", type=float, default=THRESHOLD, help=f"of the probability ({THRESHOLD})")
     args = parser.parse_args(argv)
     if not 0 <= args.threshold <= 1:
@@ -308,7 +309,8 @@ def main(argv=None):
     print(f"device {device}: {reason}")
     if args.by and args.dataset not in FLAVOURS:
         raise UserError(f"--by {args.by[0]}: only drawn scenes know it: choose --dataset {', '.join(FLAVOURS)}")
-    model = set_fast(load_checkpoint(args.checkpoint, args.weights, device))
+    model = set_fast(load_checkpoint(args.checkpoint, args.weights, device, args.words))
+    model.words = args.words or model.words
     wrong_lines = [] if args.keep_going else None
     source = open_dataset(args.dataset, args.split, args.data, args.limit, model.size, wrong_lines)
     more = {"threshold": args.threshold, "workers": args.workers, "keep_going": args.keep_going}

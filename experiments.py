@@ -5,9 +5,10 @@
     python experiments.py question                      does the Bridger help? paired over seeds, with an interval
     python experiments.py counts                        the paper's parameter counts, in seconds, nothing is trained
 
-Rows of a table share steps, batches, their order, the decoder's first weights and the test scenes; each row's rate is
-the one of three that does best on val with the first seed. The model after the last step is tested; none is picked.
-A run stands in RESULTS/runs.json under all that decides it, so it serves every table; an interrupted table goes on.
+Rows of a table share steps, batches, their order, the decoder's first weights and the test scenes (at full size each of
+the `systems` has its own preset); each row's rate is the one of three that does best on val with the first seed. The
+model after the last step is tested; none is picked. A run stands in RESULTS/runs.json under all that decides it but the
+code, whose commit it names, so it serves every table; an interrupted table goes on.
 What the paper prints as oIoU is its code's mIoU (README, ledger). Options that are not listed go to train.py.
 """
 
@@ -19,6 +20,7 @@ import json
 import operator
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -112,7 +114,7 @@ class Below:
 
 
 # ---------------------------------------------------------------------------------------------------- one run
-def settings(row, args, more, rate=None, seed=0):
+def run_arguments(row, args, more, rate=None, seed=0):
     """train.py's own arguments for a run of this row."""
     backbone = row.backbone[not args.small] if row.backbone else args.backbone
     given = ["--backbone", backbone, "--dataset", args.dataset, "--system", row.system, "--tuning", row.tuning]
@@ -202,7 +204,7 @@ class Results:
 
     def get(self, row, args, more, bar, rate, seed) -> dict:
         """The run of that row, rate and seed: looked up, or done now."""
-        own = settings(row, args, more, rate, seed)
+        own = run_arguments(row, args, more, rate, seed)
         config = configuration(own, row)
         key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
         if key in self.file["runs"]:
@@ -220,7 +222,7 @@ def run_table(name, args, more) -> list[dict]:
     """Every row at its best rate and every seed → the runs, each with its row's name; written as they come."""
     rows, results, done = chosen_rows(name, args.rows), Results(args.results), []
     plans = [(row, rates(row, args, more)) for row in rows]
-    total = sum(settings(row, args, more).steps * (len(values) + args.seeds - 1) for row, values in plans)
+    total = sum(run_arguments(row, args, more).steps * (len(values) + args.seeds - 1) for row, values in plans)
     with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
         for row, values in plans:
             tried = [results.get(row, args, more, bar, rate, 0) for rate in values]
@@ -233,7 +235,8 @@ def run_table(name, args, more) -> list[dict]:
 
 def rates(row, args, more) -> list[float]:
     """The three to choose from; only one at full size, or where the command gives it."""
-    return [*RATES] if args.small and "--lr" not in more else [settings(row, args, more).lr]
+    given = any(option.split("=")[0] == "--lr" for option in more)
+    return [*RATES] if args.small and not given else [run_arguments(row, args, more).lr]
 
 
 def chosen_rows(name, wanted) -> list[Row]:
@@ -252,12 +255,14 @@ def table_path(name, args) -> Path:
 def write_table(name, args, done, costs=None):
     """The table's .json, .md and .png: the runs so far, and rows of an earlier call that are comparable with them."""
     path, order, groups = table_path(name, args), [row.name for row in TABLES[name][1]], by_row(done)
-    same = operator.itemgetter("steps", "data", "dataset", "size", "batch_size")
-    for run in read_results(path)["runs"]:
+    same = operator.itemgetter("data", "dataset", *(() if name == "systems" else ("steps", "size", "batch_size")))
+    before = read_results(path)
+    for run in before["runs"]:
         if run["row"] in order and run["row"] not in groups and same(run["config"]) == same(done[0]["config"]):
             done = [*done, run]
     done = sorted(done, key=lambda run: order.index(run["row"]))
     extra = {"difference": differences(done)} if name == "question" and len(by_row(done)) == 2 else {}
+    costs = {row: x for row, x in (before.get("costs", {}) | (costs or {})).items() if row in by_row(done)}
     extra |= {"costs": costs} if costs else {}
     file = {"version": VERSION, "table": name, "runs": done} | extra
     write_file(path, json.dumps(file, indent=1).encode())
@@ -270,11 +275,13 @@ def costs(rows, args, more) -> dict[str, dict]:
     """Row → what a step, its memory and a sentence to be found cost: fast paths, by turns, nothing shared."""
     from benchmark import FAST, Bench, ladder, middle, sentence_seconds, take_turns  # the one look upwards
 
-    device = pick_device(settings(rows[0], args, more).device)[0]
-    tricks, benches = ladder(device)[FAST], {}
+    device = pick_device(run_arguments(rows[0], args, more).device)[0]
+    benches = {}
     for row in rows:
-        own = settings(row, args, more)
+        own = run_arguments(row, args, more)
         benches[row.name] = Bench(own, device, **row.build).fill(own.batch_size)
+    tricks = replace(ladder(device)[FAST], accumulate=own.accumulate, recompute=own.recompute,
+                     dtype=pick_dtype(device, own.amp)[0])  # fmt: skip
 
     def find(bench):
         return {"": sentence_seconds(bench, tricks, sources(bench.args)[2], 2 * bench.args.batch_size, objects=50)[0]}
@@ -304,12 +311,12 @@ def main(argv=None):
     args.seeds = args.seeds or (5 if args.table == "question" else 3)
     args.small = args.backbone.startswith("tiny")
     args.steps = args.steps or (STEPS.get(args.table, FEW) if args.small else None)
-    settings(chosen_rows(args.table, args.rows)[0], args, more)  # what is wrong with the command shows here
+    run_arguments(chosen_rows(args.table, args.rows)[0], args, more)  # what is wrong with the command shows here
     with only_one(args.results):
         read_results(table_path(args.table, args))  # before anything is trained
         done = run_table(args.table, args, more)
         if args.table == "systems":
-            write_table("systems", args, done, costs(chosen_rows("systems", args.rows), args, more))
+            write_table(args.table, args, done, costs(chosen_rows(args.table, args.rows), args, more))
         print(report(read_results(table_path(args.table, args))))
 
 

@@ -1,4 +1,4 @@
-"""14. Checkpoint files → models: our own (tuned tensors only) and those of the three originals, and the way back.
+"""13. Checkpoint files → models: our own (tuned tensors only) and those of the three originals, and the way back.
 
 ETRIS, BarLeRIa and DETRIS save whole state dicts, frozen parts included, under their own names. One function says what
 each of our tensors is called there; reading and writing both go through it, so nothing is left over or made up.
@@ -272,8 +272,10 @@ def restore_tuned(model: ETRIS, file: dict, path) -> ETRIS:
     return model
 
 
-def load_checkpoint(path, weights=None, device="cpu") -> ETRIS:
+def load_checkpoint(path, weights=None, device="cpu", words=None) -> ETRIS:
     """A checkpoint file, ours or the original's → the model in eval mode on `device`.
+
+    words: tokens a sentence is cut at; ours knows its own, an original of RefCOCOg was trained with 22 and not with 17.
 
     Ours holds the tuned tensors only: the frozen CLIP comes from `weights`, the shipped file, the cache or the network,
     and must be the one it was tuned on (SHA-256).
@@ -290,6 +292,9 @@ def load_checkpoint(path, weights=None, device="cpu") -> ETRIS:
                 restore_tuned(model, file, path)
     except UserError as error:  # whatever it is about, it came from the file
         raise error if str(path) in str(error) else UserError(f"{path}: {error}") from None
+    if words and words > (most := model.frozen.size.context):
+        raise UserError(f"--words {words}: choose 3 to {most}, the frozen CLIP's limit")
+    model.words = words or model.words
     return model.eval().to(device)
 
 

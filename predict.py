@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps
 
 from clip_model import is_blank, tokenize
-from command import Parser, UserError, command
+from command import Parser, UserError, command, integer
 from data import count_cut, letterbox, read_picture, to_rgb, unletterbox
 from etris import set_fast
 from evaluate import THRESHOLD, check_writable, predict_probabilities, tell, write_file, write_picture
@@ -29,12 +29,13 @@ from official import load_checkpoint, pick_device
 COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
 
 
-def load(checkpoint, weights=None, device=None):
+def load(checkpoint, weights=None, device=None, words=None):
     """A checkpoint file, this project's or a published one -> a fast model for `segment`, on the best device there is.
 
-    weights: the frozen CLIP's file, where it is not in the cache. UserError says what is missing and the ways out.
+    weights: the frozen CLIP's file, where it is not in the cache; words: tokens a sentence is cut at (the checkpoint's;
+    a published one: 17). UserError says what is missing and the ways out.
     """
-    return set_fast(load_checkpoint(checkpoint, weights, pick_device(device)[0]))
+    return set_fast(load_checkpoint(checkpoint, weights, pick_device(device)[0], words))
 
 
 def segment(model, image, text, threshold=THRESHOLD):
@@ -231,6 +232,7 @@ def main(argv=None):
     add("--threshold", type=float, default=THRESHOLD, help=f"of the probability ({THRESHOLD})")
     add("--keep-going", action="store_true", help="skip pictures of a folder that cannot be read: said and counted")
     add("--weights", metavar="FILE", help="of the frozen CLIP, where it is not in the cache")
+    add("--words", type=integer(3, 77), metavar="N", help="tokens a sentence has at most (the checkpoint's)")
     add("--device", choices=["cpu", "cuda", "mps"])
     args = parser.parse_args(argv)
     if any(map(is_blank, args.text)) or not 0 <= args.threshold <= 1:
@@ -239,7 +241,7 @@ def main(argv=None):
     bad = {path: error for path, *_ in todo if (error := bad_picture(path))}  # said before anything is written
     if bad and not (args.keep_going and len(bad) < len(todo)):
         raise next(iter(bad.values()))
-    model = load(args.checkpoint, args.weights, args.device)
+    model = load(args.checkpoint, args.weights, args.device, args.words)
     if cut := count_cut(args.text, model.words):
         print(f"{cut} of the sentences are longer than {model.words} tokens, the end is cut")
     for path, *files in todo:

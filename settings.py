@@ -12,7 +12,7 @@ import numpy as np
 
 from clip_model import SIZES
 from command import SEED, Parser, UserError, integer
-from data import FLAVOURS, Source, open_dataset
+from data import FLAVOURS, NoSplit, Source, open_dataset
 from tuning import METHODS, SYSTEMS
 
 PAPER = {"size": 416, "epochs": 50, "batch_size": 32, "lr": 1e-4, "bridge_lr": 1e-4, "schedule": "step", "width": 64,
@@ -21,6 +21,7 @@ TINY = {"size": 128, "epochs": 9, "batch_size": 32, "lr": 1.2e-3, "bridge_lr": 1
         "width": 32, "dropout": 0.0, "beta2": 0.98, "processes": 2}  # fmt: skip
 PRESETS = dict.fromkeys(SIZES, PAPER) | {"ViT-B-16": PAPER | {"bridge_lr": 1e-3}, "tiny": TINY,
                                          "tiny-vit": TINY | {"size": 96, "processes": 1}}  # fmt: skip
+PRESETS |= dict.fromkeys(["ViT-L-14", "ViT-L-14-336px"], PAPER | {"size": 420})  # patches of 14
 DROPS = {"step": (35 / 50,), "two-step": (35 / 65, 55 / 65)}  # shares of a run: ETRIS (section 4.2), DETRIS' base
 WORDS = {"refcocog-umd": 22, "refcocog-google": 22, "scenes-g": 22}  # 17 elsewhere (section 4.2)
 ENOUGH = {"val": 200, "test": 500}  # of drawn scenes, which have no end
@@ -78,7 +79,7 @@ def complete(args):
         if getattr(args, key, None) is None:
             setattr(args, key, value)
     args.processes = args.processes or 1
-    args.words = args.words or WORDS.get(args.dataset, 17)
+    args.words = args.words or max(WORDS.get(part.strip(), 17) for part in args.dataset.split(","))
     context = SIZES[args.backbone].context if args.backbone in SIZES else 77
     if not 3 <= args.words <= context:
         raise UserError(f"--words {args.words}: choose 3 to {context}, the frozen CLIP's limit")
@@ -93,12 +94,12 @@ def largest(source, count) -> tuple[Source, Source]:
 
 
 def open_evaluation(args, split, instead):
-    """A split of the data set (of the first one, where --dataset mixes several), or `instead`, and that is said."""
+    """A split of the data set (of the first one, where --dataset mixes several); without one `instead`, and said."""
     name = args.dataset if Path(args.dataset).is_dir() else args.dataset.split(",")[0]
     limit = args.limit or (ENOUGH.get(split) if name in FLAVOURS else None)
     try:
         return open_dataset(name, TEST.get(name, split) if split == "test" else split, args.data, limit, args.size)
-    except UserError as error:
+    except NoSplit as error:
         print(f"{'testing' if split == 'test' else 'validating'} on the {instead.split} split: {error}")
         return instead
 

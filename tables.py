@@ -94,7 +94,7 @@ TABLES = {
             backbone=VIT),
         Row("BarLeRIa", "bridger", (72.2,), system="barleria", backbone=VIT),
         Row("DETRIS", "bridger", (76.0,), system="detris", backbone=("tiny-dino", "dinov2-base")),
-        Row("CoOp, ViT", "coop", (67.87,), backbone=VIT))),  # the best of tuning.py in table 2 in miniature
+        Row("CoOp, ViT", "coop", backbone=VIT))),  # the best of tuning.py in table 2 in miniature
     "question": ("Does the Bridger help?", (FROZEN, ETRIS)),
 }  # fmt: skip
 
@@ -167,6 +167,10 @@ def published() -> str:
 
 
 # ---------------------------------------------------------------------------------------------------- reports
+SOURCE = {"": "Paper: RN101, RefCOCO val, printed as oIoU, computed as mIoU (Pr@0.5 / 0.7 / 0.9).",
+          "systems": "Papers: mIoU on RefCOCO val at full size; more of them below."}  # fmt: skip
+
+
 def spread(values) -> str:
     """mean ± standard deviation over seeds; the value alone where there is one."""
     mean = statistics.mean(values)
@@ -185,7 +189,8 @@ def markdown(name, done) -> str:
     """The table as README shows it: paper | here."""
     title, rows = TABLES[name]
     printed, groups = {row.name: row for row in rows}, by_row(done)
-    reference = next((row.name for row in rows if row.printed == ETRIS.printed and row.name in groups), None)
+    whole = (row.name for row in rows if row.printed == ETRIS.printed or row.name.startswith("ETRIS"))
+    reference = next((row for row in whole if row in groups), None)
     lines = [f"| {title} | paper | {' | '.join(SHOWN)} | mIoU less {reference or '–'} | tuned | in the encoders | rate "
              "| seconds |", "|---" * (len(SHOWN) + 7) + "|"]  # fmt: skip
     for row, runs in groups.items():
@@ -198,10 +203,12 @@ def markdown(name, done) -> str:
         seconds = statistics.mean(run["seconds"] for run in runs)
         lines.append(f"| {row} | {paper} | {scores} | {against} | {tail} | {seconds:.0f} |")
     first = done[0]
-    note = (f"{first['config']['backbone']}, {first['dataset']} {first['split']}, {first['sentences']:,} sentences, "
+    backbones = ", ".join(dict.fromkeys(run["config"]["backbone"] for run in done))
+    commits, source = ", ".join(sorted({run["commit"] for run in done})), SOURCE.get(name, SOURCE[""])
+    note = (f"{backbones}, {first['dataset']} {first['split']}, {first['sentences']:,} sentences, "
             f"{first['steps']:,} steps, {max(map(len, groups.values()))} seeds (± their standard deviation), "
-            f"threads: {first['threads']}, {first['hardware']}. Paper: RN101, RefCOCO val, printed as oIoU, computed "
-            "as mIoU (Pr@0.5 / 0.7 / 0.9). A difference within its own ± is none that these runs show.")  # fmt: skip
+            f"threads: {first['threads']}, {first['hardware']}, at {commits}. "
+            f"{source} A difference within its own ± is none that these runs show.")  # fmt: skip
     return "\n".join([*lines, "", note, ""])
 
 
@@ -259,10 +266,10 @@ def pooled(run, kinds) -> float:
 
 def differences(done) -> dict[str, dict]:
     """With the Bridger less without it, seed by seed: in all, by kind, and how much more relations and order gain."""
-    without, bridged = (by_row(done)[row.name] for row in TABLES["question"][1])
-    pairs = list(zip(bridged, without, strict=False))
+    without, etris = (by_row(done)[row.name] for row in TABLES["question"][1])
+    pairs = list(zip(etris, without, strict=False))
     gains = {metric: [a[metric] - b[metric] for a, b in pairs] for metric in ("oIoU", "mIoU")}
-    for kind in [*bridged[0]["kinds"], *(["relation, order"] if bridged[0]["kinds"] else [])]:
+    for kind in [*etris[0]["kinds"], *(["relation, order"] if etris[0]["kinds"] else [])]:
         gains[kind] = [pooled(a, kind.split(", ")) - pooled(b, kind.split(", ")) for a, b in pairs]
     if {"relation, order", "attribute"} <= set(gains):
         both = zip(gains["relation, order"], gains["attribute"], strict=True)
@@ -282,7 +289,7 @@ def question_table(found) -> str:
 
 def cost_table(found) -> str:
     """Costs, each beside ETRIS' own, and the ratios that BarLeRIa's reviews print for the same systems."""
-    names = "cost", "a step, ms", "a step's peak, MB", "a sentence, ms", "step, peak, sentence ÷ ETRIS'", "the reviews'"
+    names = "system", "a step, ms", "its peak, MB", "a sentence, ms", "all three ÷ ETRIS'", "the reviews'"
     here, lines = {}, [f"| {' | '.join(names)} |", "|---" * 6 + "|"]
     for row, x in found.items():
         here[row] = 1000 * x["step"]["seconds"], x["memory_mb"], 1000 * x["sentence"]["seconds"]

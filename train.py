@@ -67,7 +67,8 @@ def step(run, batch):
     world, keys, total, iou = run.world, ("image", "tokens", "mask"), 0.0, 0.0
     before = [x.clone() for x in run.statistics]
     [count] = world.total(len(batch["image"]))
-    parts = list(zip(*(batch[key].chunk(min(run.args.accumulate, len(batch[key]))) for key in keys), strict=True))
+    pieces = min(run.args.accumulate, max(1, int(count) // world.size))  # as many on every rank
+    parts = list(zip(*(batch[key].tensor_split(pieces) for key in keys), strict=True))
     for i, part in enumerate(parts):
         images, tokens, masks = (x.to(run.device, non_blocking=True) for x in part)
         with world.hold(run.objective, last=i == len(parts) - 1):
@@ -154,7 +155,7 @@ class Run:
         self.world, self.objective = parallel.World(), Objective(model)
         gates = [module for module in model.modules() if isinstance(module, Gate)]
         joint = [x for gate in gates for x in (gate.in_proj_weight, gate.in_proj_bias)]
-        self.partly = {whole: nn.Parameter(whole.detach().chunk(3)[2]) for whole in joint}  # what of it can learn
+        self.partly = {x: nn.Parameter(x.detach().chunk(3)[2]) for x in joint}  # queries' and keys' rows never learn
         parts = {1.0: [], "bridger": []}  # a parameter's `pace` slows it down: CLIP's own, where they learn
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -218,27 +219,27 @@ class Run:
         write_file(self.out / name, file.getbuffer())
 
     def restore(self, path):
-        """Go on where `path` stood. UserError where it belongs to another model, data set or length of run."""
+        """Go on where `path` stood. UserError where it belongs to another model, data set or size of batch."""
         file = read_checkpoint(path)
         if not file.get("training"):
             raise UserError(f"{path}: holds a model, not a run to go on with: --resume takes a run's last.pt")
-        theirs = {
-            key: file["args"].get(key) for key in ("backbone", "dataset", "system", "tuning", "size", "words", "seed")
-        }
-        for key, value in theirs.items():
-            if value != getattr(self.args, key):
-                raise UserError(f"{path}: was trained with --{key} {value}, not {getattr(self.args, key)}: give that")
+        for key in ("backbone", "dataset", "system", "tuning", "size", "words", "seed", "batch_size"):
+            theirs, ours, option = file["args"].get(key), getattr(self.args, key), key.replace("_", "-")
+            if theirs != ours:
+                raise UserError(f"{path}: was trained with --{option} {theirs}, not {ours}: give that")
         restore_tuned(self.model, file, path)
         moving = file["training"]
         self.epoch, self.done, self.steps, self.best = (moving[key] for key in ("epoch", "done", "steps", "best"))
-        self.adam.load_state_dict(moving["adam"]), self.scaler.load_state_dict(moving["scaler"])
-        self.rate.load_state_dict(moving["rate"])
+        self.adam.load_state_dict(moving["adam"]), self.rate.load_state_dict(moving["rate"])
+        if moving["scaler"]:  # empty unless the run was in fp16 until now
+            self.scaler.load_state_dict(moving["scaler"])
         if any(x["exp_avg"].shape != parameter.shape for parameter, x in self.adam.state.items()):
-            raise UserError(f"{path}: its optimiser is an older train.py's: start anew, or evaluate {self.out}/best.pt")
+            raise UserError(f"{path}: its optimiser is an older train.py's: move {path.parent} away and start anew")
         kind, keys, *rest = moving["random"]["numpy"]
         np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
         random.setstate((3, tuple(moving["random"]["python"]), None))
-        torch.set_rng_state(moving["random"]["torch"]), torch.cuda.set_rng_state_all(moving["random"]["cuda"])
+        torch.set_rng_state(moving["random"]["torch"])
+        torch.cuda.set_rng_state_all(moving["random"]["cuda"][: torch.cuda.device_count()])
         self.minutes, self.totals = moving["minutes"], moving["totals"]
 
     def log(self, **line):

@@ -13,7 +13,7 @@ import benchmark
 import experiments
 import scenes
 import train
-from experiments import Below, chosen_rows, main, settings
+from experiments import Below, chosen_rows, main, run_arguments
 from settings import PRESETS
 from tables import TABLES, against, count_tuned, counts, differences, interval, markdown, spread
 
@@ -86,7 +86,7 @@ def test_what_differs_is_another_configuration():
     known = set()
     for row in rows.values():
         for rate, seed in ((0.001, 0), (0.002, 0), (0.001, 1)):
-            own = settings(row, args, FAST, rate, seed)
+            own = run_arguments(row, args, FAST, rate, seed)
             known.add(json.dumps(experiments.configuration(own, row), sort_keys=True))
     same = {"ETRIS", "2->n, 3", f"d = {PRESETS['tiny']['width']}"}
     assert len(known) == 3 * (len(rows) - len(same & set(rows)) + 1)
@@ -223,11 +223,28 @@ def test_at_full_size_the_command_is_the_papers_run(refer_tree):
     args = SimpleNamespace(small=False, backbone="RN101", dataset="refcoco", steps=None)
     more = ["--data", str(refer_tree)]
     row = chosen_rows("table6", ["ETRIS"])[0]
-    own = settings(row, args, more)
+    own = run_arguments(row, args, more)
     assert (own.size, own.lr, own.steps) == (416, 1e-4, 50) and experiments.rates(row, args, more) == [1e-4]
     assert [source.split for source in experiments.sources(own)] == ["train", "val", "val"]
-    systems = {row.name: settings(row, args, more).backbone for row in TABLES["systems"][1]}
+    systems = {row.name: run_arguments(row, args, more).backbone for row in TABLES["systems"][1]}
     assert (systems["ETRIS, ViT"], systems["BarLeRIa"], systems["DETRIS"]) == ("ViT-B-16", "ViT-B-16", "dinov2-base")
+
+
+def test_options_that_go_to_train_are_not_taken_for_short_ones_of_our_own(monkeypatch, tmp_path, refer_tree):
+    """--data DIR is no short --dataset, --seed 4 no short --seeds: both reach train.py's own arguments."""
+    seen = []
+    monkeypatch.setattr(experiments, "run_table", lambda name, args, more: seen.append((args, more)) or [])
+    monkeypatch.setattr(experiments, "report", lambda file: "")
+    given = ["--backbone", "RN101", "--dataset", "refcoco", "--data", str(refer_tree), "--seed", "4"]
+    main(["table6", *given, "--results", str(tmp_path)])
+    [(args, more)] = seen
+    assert (args.dataset, args.seeds, more) == ("refcoco", 3, ["--data", str(refer_tree), "--seed", "4"])
+
+
+@pytest.mark.parametrize("given, count", [([], 3), (["--lr", "0.01"], 1), (["--lr=0.01"], 1)])
+def test_a_given_rate_is_the_only_one_tried(given, count):
+    args = SimpleNamespace(small=True, backbone="tiny", dataset="scenes", steps=2)
+    assert len(experiments.rates(chosen_rows("table6", ["ETRIS"])[0], args, [*FAST, *given])) == count
 
 
 def test_every_row_can_be_built_in_miniature():
@@ -236,7 +253,7 @@ def test_every_row_can_be_built_in_miniature():
     for title, rows in TABLES.values():
         assert title and len({row.name for row in rows}) == len(rows)
         for row in rows:
-            own = settings(row, args, FAST)
+            own = run_arguments(row, args, FAST)
             model = train.make_model(own, torch.device("cpu"), **row.build)
             assert 0 <= count_tuned(model, encoders=True) < count_tuned(model)
 
@@ -309,7 +326,7 @@ def test_systems_are_compared_with_their_costs_and_what_was_published(tmp_path, 
     text = (tmp_path / "results" / "systems.md").read_text()
     assert "| 0.88 / 1.28 / 1.16 |" in text and "| ETRIS, ViT-B/16 | the same | 70.51 / 73.51 / 66.63 |" in text
     again = run(tmp_path, "systems", "--seeds", "1", "--lr", "0.001", "--rows", "ETRIS, ViT")
-    assert set(again["costs"]) == {"ETRIS, ViT"} and [one["row"] for one in again["runs"]] == ["ETRIS, ViT", "BarLeRIa"]
+    assert list(again["costs"]) == [one["row"] for one in again["runs"]] == ["ETRIS, ViT", "BarLeRIa"]
 
 
 def test_costs_are_compared_with_etris_own():

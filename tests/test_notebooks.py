@@ -137,12 +137,15 @@ def test_a_notebook_is_committed_small_executed_and_clean(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_the_names_a_notebook_imports_from_the_flat_files_exist(path):
-    used = 0
-    for node in ast.walk(ast.parse("\n".join(source(cell) for cell in cells(path)))):
+    used, nodes = 0, list(ast.walk(ast.parse("\n".join(source(cell) for cell in cells(path)))))
+    imported = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names if name.name in FLAT}
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.module in FLAT:
             used += 1
             for name in node.names:
                 assert hasattr(importlib.import_module(node.module), name.name), f"{node.module}.{name.name}"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
+            assert hasattr(importlib.import_module(node.value.id), node.attr), f"{node.value.id}.{node.attr}"
         if isinstance(node, ast.FunctionDef | ast.ClassDef):  # nothing of the flat files is written anew
             named = {module: getattr(importlib.import_module(module), node.name, None) for module in FLAT}
             flat = [module for module, what in named.items() if getattr(what, "__module__", None) == module]

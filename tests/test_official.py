@@ -103,6 +103,15 @@ def test_the_way_back_of_the_other_two_ends_where_it_began(another):
     assert all(torch.equal(back[n], state[n.replace(".transforms.", ".log_jacobians.")]) for n in state)
 
 
+def test_a_published_file_is_read_with_as_many_words_as_it_was_trained_with(tmp_path):
+    """17 unless told; 22 for RefCOCOg's; never more than the frozen CLIP reads, 20 here."""
+    path = tmp_path / "best_model.pth"
+    torch.save(small_of("barleria"), path)
+    assert [load_checkpoint(path, words=n).words for n in (None, 20)] == [17, 20]
+    with pytest.raises(UserError, match="--words 22: choose 3 to 20"):
+        load_checkpoint(path, words=22)
+
+
 @pytest.mark.parametrize("system", ["barleria", "detris"])
 def test_a_wrong_file_of_the_other_two_is_named_as_theirs(system):
     """One tensor less, one more, one of another shape, and one that sizes are read from."""

@@ -40,6 +40,25 @@ def gradients(world, out):
     return found
 
 
+@pytest.mark.parametrize("count, size, accumulate, wanted", [(32, 5, 4, 4), (32, 3, 8, 8), (5, 2, 8, 2), (7, 1, 3, 3)])
+def test_every_rank_takes_as_many_micro_batches(count, size, accumulate, wanted, tmp_path):
+    """Shares of a batch differ by one object; ranks that wait for each other in every forward pass must not differ."""
+    args = train.arguments([*FAST, "--out", str(tmp_path), "--accumulate", str(accumulate)])
+    model, taken = train.build("tiny", weights="random", size=64, width=32), []
+    state = train.Run(args, model, torch.device("cpu"), torch.float32, 10)
+    objective = state.objective
+    state.objective = lambda *batch: taken.append(len(batch[0])) or objective(*batch)
+    source = open_dataset("scenes", "train", limit=count, side=64)
+    for rank in range(size):
+        state.world = parallel.World(rank, size)
+        state.world.total = lambda *numbers: [count] if len(numbers) == 1 else list(numbers)  # nobody else is there
+        state.world.hold = lambda *_, **__: contextlib.nullcontext()
+        taken.clear()
+        share = slice(rank, None, size)
+        train.step(state, next(iter(train.train_loader(train.TrainSet(source, 64, 17), count, 0, share=share))))
+        assert len(taken) == wanted and sum(taken) == len(range(rank, count, size))
+
+
 def scores(world):
     """evaluate's whole answer for seven scenes, on a model with BatchNorm statistics that only rank 0 has."""
     torch.manual_seed(world.rank)

@@ -12,9 +12,10 @@ import torch
 from conftest import record, write_folder
 
 import train
-from clip_model import HERE, UserError
+from clip_model import CLIP, HERE, SIZES
+from command import UserError
 from data import open_dataset
-from etris import positions
+from etris import check_size, positions
 from official import load_checkpoint, read_checkpoint
 
 FAST = ["--weights", "random", "--limit", "8", "--batch-size", "4", "--device", "cpu", "--size", "64",
@@ -92,6 +93,26 @@ def test_resume_refuses_another_backbone_and_names_it(tmp_path, capsys):
     assert "was trained with --backbone tiny, not tiny-vit" in capsys.readouterr().err
 
 
+def test_resume_refuses_another_batch_size(tmp_path, capsys):
+    """Where a run stands in its epoch is counted in batches."""
+    run(tmp_path / "a", "--steps", 1)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "a", "--steps", 1, "--resume", "--batch-size", 3)
+    assert "was trained with --batch-size 4, not 3" in capsys.readouterr().err
+
+
+def test_resume_refuses_an_optimiser_that_knew_the_gates_dead_rows(tmp_path, capsys):
+    run(tmp_path / "a", "--steps", 1)
+    path = tmp_path / "a" / "last.pt"
+    file = torch.load(path, weights_only=True)
+    moment = next(x for x in file["training"]["adam"]["state"].values() if x["exp_avg"].ndim == 2)
+    moment["exp_avg"] = torch.cat([moment["exp_avg"]] * 3)
+    torch.save(file, path)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "a", "--steps", 2, "--resume")
+    assert "its optimiser is an older train.py's: move" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_moved_aside_not_overwritten(tmp_path):
     run(tmp_path / "a", "--steps", 1)
     before = (tmp_path / "a" / "best.pt").read_bytes()
@@ -154,6 +175,35 @@ def test_of_drawn_scenes_200_validate_and_500_test():
 def test_a_folders_split_is_validated_whole(tmp_path):
     folder = write_folder(tmp_path, [record(0, split="val") for _ in range(201)])
     assert len(train.open_evaluation(train.arguments(["--dataset", str(folder)]), "val", None)) == 201
+
+
+def test_only_a_split_that_is_not_there_is_replaced(refer_tree, capsys):
+    """RefCOCO without testA: tested on val, and said. With a picture of val missing: an error before any training."""
+    args = train.arguments(["--dataset", "refcoco", "--data", str(refer_tree)])
+    val = open_dataset("refcoco", "val", refer_tree)
+    assert train.open_evaluation(args, "val", None).split == "val"
+    args.dataset = str(write_folder(refer_tree / "own", [record(0, split="train")]))
+    assert train.open_evaluation(args, "test", val) is val
+    assert "testing on the val split" in capsys.readouterr().out
+    args.dataset = "refcoco"
+    for item in (refer_tree / "images" / "train2014").iterdir():
+        item.unlink()
+    with pytest.raises(UserError, match="is missing"):
+        train.open_evaluation(args, "val", None)
+
+
+def test_a_mix_has_the_words_of_its_longest_set(tmp_path):
+    assert train.arguments(["--dataset", "scenes,scenes-g"]).words == 22
+    assert train.arguments(["--dataset", "scenes,scenes+"]).words == 17
+
+
+def test_every_backbones_size_fits_its_strides():
+    """Patches of 14 do not divide 416: those two are trained at 420."""
+    sizes = {name: train.arguments(["--backbone", name]).size for name in SIZES}
+    assert (sizes["ViT-L-14"], sizes["RN101"], sizes["tiny"]) == (420, 416, 128)
+    for name, size in sizes.items():
+        with torch.device("meta"):
+            check_size(CLIP(SIZES[name]), size)
 
 
 def test_words_are_at_least_start_one_piece_and_end():
