@@ -297,8 +297,11 @@ def evaluation_rows(bench, rungs, objects, batch):
 
 
 def data_rows(bench, tricks, batch, steps, workers):
-    """The share of a training loop's time in which the step waits for its batch, the workers' start left out."""
+    """The share of a training loop's time in which the step waits for its batch; the workers' start and the drawing of
+    scenes, once in a run, left out."""
     source = open_dataset("scenes", "train", limit=batch * (steps + 1), side=bench.args.size)
+    for i in range(len(source)):
+        source[i]
     loader = iter(train_loader(TrainSet(source, bench.args.size, bench.args.words), batch, 0, workers=workers))
     next(loader)
     waited, started = 0.0, (before := now(bench.device))
