@@ -374,10 +374,11 @@ def draw(rows, path):
         bars = left.barh([row["row"][8:] for row in rungs], [row["seconds"] for row in rungs], color="#0072B2")
         left.bar_label(bars, [f"{row['speedup']:.2f}×" for row in rungs], fontsize=7, padding=2)
         left.tick_params(axis="y", labelsize=7)
-        left.set(title=name, xlabel="seconds a step")
+        left.set(title=name, xlabel="seconds a step", xlim=(0, 1.15 * max(row["seconds"] for row in rungs)))
         for part, marker in (("growth: batch", "o-"), ("memory: plain", "s--"), (f"memory: {FAST}", "s-")):
             some = [row for row in own if row["row"] == part]
-            right.plot([r["batch"] for r in some], [r["memory_mb"] / 1024 for r in some], marker, label=part)
+            if some:
+                right.plot([r["batch"] for r in some], [r["memory_mb"] / 1024 for r in some], marker, label=part)
         right.set(xlabel="batch", ylabel="GB at the peak of a step")
         right.legend(fontsize=7)
     figure.savefig(path, dpi=110)
