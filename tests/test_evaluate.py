@@ -260,7 +260,7 @@ def test_the_ceiling_of_the_logit_grid_is_what_cells_of_four_can_say(bright_fold
 
 
 def run(monkeypatch, model, *argv):
-    monkeypatch.setattr(room, "load_checkpoint", lambda path, weights=None, device="cpu": model)
+    monkeypatch.setattr(room, "load_checkpoint", lambda path, weights=None, device="cpu", words=None: model)
     room.main(["x.pt", "--device", "cpu", *map(str, argv)])
 
 

@@ -98,7 +98,7 @@ def test_an_array_that_is_no_picture_is_refused(bright_model, array):
 @pytest.fixture
 def run(bright_model, monkeypatch, tmp_path):
     """Run the command in an empty folder that holds photo.png, with the stub as its checkpoint."""
-    monkeypatch.setattr(room, "load_checkpoint", lambda path, weights=None, device="cpu": bright_model)
+    monkeypatch.setattr(room, "load_checkpoint", lambda path, weights=None, device="cpu", words=None: bright_model)
     monkeypatch.chdir(tmp_path)
     write_picture("photo.png", photo())
     return lambda *argv: room.main(["x.pt", "--device", "cpu", *argv])
@@ -189,5 +189,5 @@ def test_a_real_photograph_keeps_its_size(refer_sample, bright_model):
 def test_load_asks_for_the_device_that_is_there_and_gives_the_fast_path(monkeypatch, bright_model):
     given = []
     monkeypatch.setattr(room, "load_checkpoint", lambda *asked: given.append(asked) or torch.nn.Sequential(Gate(8, 2)))
-    assert room.load("x.pt", "w.pt", "cpu")[0].fast
-    assert given == [("x.pt", "w.pt", torch.device("cpu"))]
+    assert room.load("x.pt", "w.pt", "cpu", 22)[0].fast
+    assert given == [("x.pt", "w.pt", torch.device("cpu"), 22)]
