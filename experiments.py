@@ -255,7 +255,8 @@ def table_path(name, args) -> Path:
 def write_table(name, args, done, costs=None):
     """The table's .json, .md and .png: the runs so far, and rows of an earlier call that are comparable with them."""
     path, order, groups = table_path(name, args), [row.name for row in TABLES[name][1]], by_row(done)
-    same = operator.itemgetter("data", "dataset", *(() if name == "systems" else ("steps", "size", "batch_size")))
+    own_presets = name == "systems" and not args.small
+    same = operator.itemgetter("data", "dataset", *(() if own_presets else ("steps", "size", "batch_size")))
     before = read_results(path)
     for run in before["runs"]:
         if run["row"] in order and run["row"] not in groups and same(run["config"]) == same(done[0]["config"]):
@@ -308,6 +309,8 @@ def main(argv=None):
         return print(counts())
     if args.table not in TABLES:
         raise UserError(f"unknown table {args.table!r}: choose one of {', '.join([*TABLES, 'counts'])}")
+    if fixed := [option for option in more if option.split("=")[0] in ("--seed", "--system", "--tuning")]:
+        raise UserError(f"{fixed[0]}: the table's rows and seeds decide that: choose by --rows and --seeds")
     args.seeds = args.seeds or (5 if args.table == "question" else 3)
     args.small = args.backbone.startswith("tiny")
     args.steps = args.steps or (STEPS.get(args.table, FEW) if args.small else None)

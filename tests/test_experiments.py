@@ -204,6 +204,22 @@ def test_unknown_tables_and_rows_name_those_there_are(tmp_path, capsys):
     assert "without HA; without Bridger" in refused(capsys, tmp_path, "table6", "--rows", "without hands")
 
 
+def test_what_a_tables_rows_and_seeds_decide_cannot_be_given(tmp_path, capsys):
+    """Else three seeds would be one and the same, and rows what they do not say."""
+    for given in (["--seed", "4"], ["--seed=4"], ["--tuning", "lora"], ["--system", "detris"]):
+        assert f"{given[0]}: the table's rows and seeds decide" in refused(capsys, tmp_path, "table6", *given)
+    assert not (tmp_path / "runs.json").exists()
+
+
+def test_systems_of_other_steps_are_not_comparable_in_miniature(tmp_path, monkeypatch):
+    """At full size each has its preset's; in miniature an older, shorter row leaves the table."""
+    monkeypatch.setattr(experiments, "costs", lambda *_: {})
+    more = ("--seeds", "1", "--lr", "0.001", "--rows")
+    run(tmp_path, "systems", *more, "ETRIS, ViT")
+    runs = run(tmp_path, "systems", "--steps", "1", *more, "fix backbone, ViT")["runs"]
+    assert [one["row"] for one in runs] == ["fix backbone, ViT"]
+
+
 def test_a_results_file_of_another_version_is_left_alone(tmp_path, capsys):
     for content, said in (('{"version": 7, "runs": {}}', "version 7, this code writes 1"), ("[", "no results file")):
         (tmp_path / "runs.json").write_text(content)
@@ -231,14 +247,14 @@ def test_at_full_size_the_command_is_the_papers_run(refer_tree):
 
 
 def test_options_that_go_to_train_are_not_taken_for_short_ones_of_our_own(monkeypatch, tmp_path, refer_tree):
-    """--data DIR is no short --dataset, --seed 4 no short --seeds: both reach train.py's own arguments."""
+    """--data DIR is no short --dataset: it reaches train.py's own arguments."""
     seen = []
     monkeypatch.setattr(experiments, "run_table", lambda name, args, more: seen.append((args, more)) or [])
     monkeypatch.setattr(experiments, "report", lambda file: "")
-    given = ["--backbone", "RN101", "--dataset", "refcoco", "--data", str(refer_tree), "--seed", "4"]
+    given = ["--backbone", "RN101", "--dataset", "refcoco", "--data", str(refer_tree)]
     main(["table6", *given, "--results", str(tmp_path)])
     [(args, more)] = seen
-    assert (args.dataset, args.seeds, more) == ("refcoco", 3, ["--data", str(refer_tree), "--seed", "4"])
+    assert (args.dataset, args.seeds, more) == ("refcoco", 3, ["--data", str(refer_tree)])
 
 
 @pytest.mark.parametrize("given, count", [([], 3), (["--lr", "0.01"], 1), (["--lr=0.01"], 1)])
