@@ -30,9 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import train  # noqa: E402
 from clip_model import HERE, Norm, tokenize  # noqa: E402
-from command import Parser, command, integer  # noqa: E402
+from command import Parser, command, integer, keep_memory  # noqa: E402
 from data import TrainSet, open_dataset, train_loader  # noqa: E402
-from etris import Enlarge, Gate, Projector, set_fast, text_to_pixel_loss  # noqa: E402
+from etris import Enlarge, Gate, Projector, text_to_pixel_loss  # noqa: E402
 from evaluate import evaluate, write_file  # noqa: E402
 from official import pick_device, pick_dtype  # noqa: E402
 
@@ -49,8 +49,9 @@ FAST = "fused Adam: fast"  # the last rung
 # ---------------------------------------------------------------------------------------------------- the tricks
 @dataclass(frozen=True)
 class Tricks:
-    """How a step is taken. fast: which kinds of module are on their fast path."""
+    """How a step is taken. keep: see `keep_memory`. fast: which kinds of module are on their fast path."""
 
+    keep: bool = False
     fast: tuple[str, ...] = ()
     channels_last: bool = False
     fused: bool = False
@@ -72,7 +73,7 @@ def ladder(device, compiled=False) -> dict[str, Tricks]:
     """name → tricks: from plain to fast, each rung with all before it; then what can be had beyond, each alone."""
     cuda = device.type == "cuda"
     rung = Tricks(dtype=torch.float16 if cuda else torch.float32)
-    rungs = {"plain": rung}
+    rungs = {"plain": rung, "freed memory kept": (rung := replace(rung, keep=True))}
     for name, one in (("attention without its map", "attention"), ("one-key attention as a gate", "gate"),
                       ("kernels without a grouped convolution", "projector"),
                       ("channels mixed before enlarging", "enlarge"),
@@ -108,7 +109,7 @@ class Bench:
         learn = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.adams = {fused: torch.optim.Adam(learn, lr=0.0, fused=fused) for fused in (False, True)}
         self.scalers = {used: torch.amp.GradScaler(device.type, enabled=used) for used in (False, True)}
-        self.compiled = torch.compile(self.loss)
+        self.compiled, self.kept = torch.compile(self.loss), None
 
     def fill(self, batch, size=None):
         """A random batch of `batch` pictures of `size` pixels each way (the preset's)."""
@@ -120,9 +121,10 @@ class Bench:
 
     def dress(self, tricks):
         """Put the tricks on; what takes time here is no part of a step."""
-        for module in set_fast(self.model, False).modules():
+        for module in self.model.modules():
             if hasattr(module, "fast"):
                 module.fast = kind(module) in tricks.fast
+        keep_memory(tricks.keep)
         form = torch.channels_last if tricks.channels_last else torch.contiguous_format
         self.model.to(memory_format=form)
         self.model.recompute, torch.backends.cudnn.enabled = tricks.recompute, tricks.cudnn
@@ -135,6 +137,9 @@ class Bench:
 
     def step(self, tricks) -> dict[str, float]:
         """One training step → seconds of the forward pass, the backward pass, the optimiser."""
+        if self.kept is not tricks.keep:  # one that is not counted, so that memory lies as this trick leaves it
+            self.kept = tricks.keep
+            self.step(tricks)
         adam, scaler = self.adams[tricks.fused], self.scalers[tricks.dtype is torch.float16]
         spent, parts = dict.fromkeys(("forward", "backward", "optimiser"), 0.0), self.dress(tricks)
         loss = self.compiled if tricks.compile else self.loss
@@ -276,24 +281,30 @@ def memory_rows(bench, rungs, measured, wanted):
                 yield {"row": f"memory: {name}", "batch": batch, "memory_mb": line, "how": "computed"}
 
 
-def sentence_seconds(bench, tricks, source, batch, objects=None) -> tuple[float, int]:
-    """Seconds that a sentence takes, from picture to mask, `batch` of them at a time, and how many there were."""
+def sentence_seconds(bench, tricks, source, batch, objects=None) -> float:
+    """Seconds that a sentence takes, from picture to mask, `batch` of them at a time."""
     bench.dress(tricks)
     dtype = None if tricks.dtype is torch.float32 else tricks.dtype
     for limit in (1, objects):  # the first one warms up
         before = now(bench.device)
         result, _ = evaluate(bench.model, source, bench.device, limit=limit, batch_size=batch, dtype=dtype,
                              progress=False)  # fmt: skip
-    return (now(bench.device) - before) / result["sentences"], result["sentences"]
+    return (now(bench.device) - before) / result["sentences"]
 
 
-def evaluation_rows(bench, rungs, objects, batch):
-    """Sentences per second: plain, one at a time, as the original; fast, in batches."""
-    source = open_dataset("scenes", "val", limit=objects, side=bench.args.size)
-    plain, _ = sentence_seconds(bench, rungs["plain"], source, 1)
-    fast, count = sentence_seconds(bench, rungs[FAST], source, batch)
-    rates = {"sentences_per_second": 1 / fast, "plain_sentences_per_second": 1 / plain, "speedup": plain / fast}
-    yield {"row": "evaluation", "batch": batch, "sentences": count, "seconds": fast, "plain_seconds": plain} | rates
+def evaluation_rows(bench, rungs, objects, batch, seconds):
+    """Seconds a sentence takes: plain, one at a time, as the original; fast, in batches."""
+    source, sizes = open_dataset("scenes", "val", limit=objects, side=bench.args.size), {"plain": 1, FAST: batch}
+    sizes |= {name: batch for name in ("fast + bf16",) if name in rungs}
+    count = sum(len(source[i].sentences) for i in range(objects))
+    times = take_turns({name: lambda name=name, size=size: {"": sentence_seconds(bench, rungs[name], source, size)}
+                        for name, size in sizes.items()}, seconds)  # fmt: skip
+    plain = middle(times.pop("plain")[""])
+    for name, found in times.items():
+        row = {"row": "evaluation" if name == FAST else f"evaluation: {name}", "batch": batch, **middle(found[""])}
+        row |= {"plain_seconds": plain["seconds"], "plain_quartiles": plain["quartiles"], "sentences": count}
+        yield row | {"speedup": plain["seconds"] / row["seconds"], "sentences_per_second": 1 / row["seconds"],
+                     "plain_sentences_per_second": 1 / plain["seconds"]}  # fmt: skip
 
 
 def data_rows(bench, tricks, batch, steps, workers):
@@ -329,7 +340,7 @@ def case_rows(system, backbone, device, args):
     yield from rate_rows(bench, rungs, steps)
     workers = 4 if cuda else 0
     yield from data_rows(bench, rungs[FAST], batch, 20 if cuda else 8 if small else 2, workers)
-    yield from evaluation_rows(bench, rungs, 200 if cuda else 30 if small else 2, 32)
+    yield from evaluation_rows(bench, rungs, 200 if cuda else 30 if small else 2, 32, seconds / 2)
     if small or cuda or not args.quick:
         sides = [bench.args.size * n // 4 // 32 * 32 for n in (2, 3, 4)]
         batches = [n for n in (1, 2, 4, 8, 16, 32) if cuda or small or n <= 2]

@@ -190,13 +190,13 @@ class Bottleneck(nn.Module):
         self.downsample = nn.ModuleDict(named if stride > 1 or inside != 4 * width else {})
 
     def forward(self, x):
-        out = F.relu(self.bn1(self.conv1, x))
-        out = self.avgpool(F.relu(self.bn2(self.conv2, out)))
+        out = self.bn1(self.conv1, x).relu_()
+        out = self.avgpool(self.bn2(self.conv2, out).relu_())
         out = self.bn3(self.conv3, out)
         if self.downsample:
             pool, conv, norm = self.downsample.values()
             x = norm(conv, pool(x))
-        return F.relu(out + x)
+        return out.add_(x).relu_()
 
 
 class AttentionPool(nn.Module):
@@ -253,11 +253,10 @@ class ModifiedResNet(nn.Module):
     def stages(self):
         return [self.layer2, self.layer3, self.layer4]
 
-    def stem(self, image):
+    def stem(self, x):
         """(B, 3, S, S) → (B, 4·width, S/4, S/4)."""
-        x = F.relu(self.bn1(self.conv1, image))
-        x = F.relu(self.bn2(self.conv2, x))
-        x = F.relu(self.bn3(self.conv3, x))
+        for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
+            x = norm(conv, x).relu_()
         return self.layer1(F.avg_pool2d(x, 2))
 
     def as_map(self, v):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import sys
 
@@ -34,6 +35,20 @@ def integer(low=1, high=10**9):
 
 
 SEED = integer(0, 2**32 - 1)  # what all dice take
+
+
+def keep_memory(on: bool = True):
+    """Whether freed memory stays with the process, for the next step, or goes back to the system as is usual.
+
+    glibc hands large blocks back, and the system empties every page before it lends it again: a tenth of RN101's step
+    on a CPU. Off: the limits that glibc comes to by itself. Without glibc (Windows, macOS) nothing happens.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+    with contextlib.suppress(AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0 if on else 65536)
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(M_TRIM_THRESHOLD, -1 if on else 64 * 2**20)
 
 
 def command(main):

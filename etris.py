@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip_model import CLIP, Attention, load_clip, padding, resize_positions
-from command import UserError
+from command import UserError, keep_memory
 
 
 # ---------------------------------------------------------------------------------------- the Bridger, section 3.2
@@ -52,7 +52,7 @@ def zoom(inside: int, outside: int, factor: int, transposed: bool, activated: bo
     kind = nn.ConvTranspose2d if transposed else nn.Conv2d
     conv = kind(inside, outside, factor, stride=factor, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(conv, nn.BatchNorm2d(outside), nn.ReLU()) if activated else nn.Sequential(conv)
+    return nn.Sequential(conv, nn.BatchNorm2d(outside), nn.ReLU(inplace=True)) if activated else nn.Sequential(conv)
 
 
 class Bridge(nn.Module):
@@ -100,7 +100,7 @@ def bridger(clip: CLIP, width: int, heads: int | None, stages) -> nn.ModuleDict:
 def conv_bn(inside: int, outside: int, kernel: int = 1, stride: int = 1, kind=nn.Conv2d) -> nn.Sequential:
     """Convolution without bias, BatchNorm, ReLU; a 3×3 keeps the size."""
     conv = kind(inside, outside, kernel, stride=stride, padding=kernel // 2 if stride == 1 else 0, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outside), nn.ReLU())
+    return nn.Sequential(conv, nn.BatchNorm2d(outside), nn.ReLU(inplace=True))
 
 
 class Gate(Attention):
@@ -452,6 +452,7 @@ def build(backbone="tiny", size=128, words=17, weights=None, seed=0, **options) 
 
 def set_fast(model: nn.Module, on: bool = True) -> nn.Module:
     """The only switch between the plain path, which writes everything out, and the fast one; both compute the same."""
+    keep_memory(on)  # the whole process's
     for module in model.modules():
         if hasattr(module, "fast"):
             module.fast = on

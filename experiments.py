@@ -285,7 +285,7 @@ def costs(rows, args, more) -> dict[str, dict]:
                      dtype=pick_dtype(device, own.amp)[0])  # fmt: skip
 
     def find(bench):
-        return {"": sentence_seconds(bench, tricks, sources(bench.args)[2], 2 * bench.args.batch_size, objects=50)[0]}
+        return {"": sentence_seconds(bench, tricks, sources(bench.args)[2], 2 * bench.args.batch_size, objects=50)}
 
     steps = take_turns({row: lambda bench=bench: bench.step(tricks) for row, bench in benches.items()}, 90)
     finds = take_turns({row: lambda bench=bench: find(bench) for row, bench in benches.items()}, 60)

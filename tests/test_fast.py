@@ -5,6 +5,9 @@ max|Δ| / max|·| ≤ 1e-10 in float64 and ≤ 1e-4 in float32, for logits and f
 
 import copy
 import json
+import platform
+import subprocess
+import sys
 from dataclasses import astuple
 from itertools import pairwise
 
@@ -15,9 +18,10 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import benchmark
+import etris
 import train
 import tuning
-from clip_model import CLIP, Attention, Norm, Size, build_clip, fill_by_name, tokenize
+from clip_model import CLIP, HERE, Attention, Norm, Size, build_clip, fill_by_name, tokenize
 from data import open_dataset
 from etris import Enlarge, Gate, Projector, assemble, convolve_doubled, set_fast, text_to_pixel_loss
 from evaluate import evaluate
@@ -97,6 +101,32 @@ def test_set_fast_is_the_only_switch():
     assert {Norm, Attention, Gate, Projector, Enlarge} <= kinds
     assert not any(m.fast for m in model.modules() if type(m) in kinds)
     assert all(m.fast for m in set_fast(model).modules() if type(m) in kinds)
+
+
+# ---- memory
+def test_freed_memory_stays_with_the_process_on_the_fast_path(monkeypatch):
+    """set_fast tells. Then blocks of 100 MB come back without page faults, and else with one for every page.
+
+    In a fresh process, where no block is left over; the last line is for glibc's arenas, one for each thread.
+    """
+    told = []
+    monkeypatch.setattr(etris, "keep_memory", told.append)
+    set_fast(set_fast(nn.Linear(1, 1)), False)
+    assert told == [True, False]
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc's allocator can be told")
+    code = """if True:
+        import concurrent.futures, resource, torch, command
+        for on in (False, True):
+            command.keep_memory(on)
+            for n in range(12):  # small blocks settle in what was freed: a few are new at first
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                torch.ones(25_000_000)
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        print(int(concurrent.futures.ThreadPoolExecutor().submit(torch.ones, 25_000_000).result().sum()))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
+    usual, kept, threaded = map(int, done.stdout.split())
+    assert usual > 1000 > 10 > kept and threaded == 25_000_000
 
 
 # ---- BatchNorm in its convolution
@@ -385,6 +415,14 @@ def test_what_the_benchmark_measures_adds_up():
     assert all(torch.equal(x, before[name]) for name, x in bench.model.named_parameters())
 
 
+def test_a_step_after_a_change_of_memory_is_not_counted(monkeypatch):
+    """Else a variant would pay for what the one before it gave back."""
+    bench = benchmark.Bench(train.arguments(["--weights", "random"]), torch.device("cpu")).fill(1, 32)
+    plain, kept = list(benchmark.ladder(bench.device).values())[:2]
+    seen = calls(monkeypatch, bench, "loss")
+    assert [len(seen) for tricks in (plain, plain, kept, kept, plain) if bench.step(tricks)] == [2, 3, 5, 6, 8]
+
+
 def test_variants_take_turns_and_the_first_round_is_not_counted():
     order, clock = [], iter(range(1000))
     functions = {name: lambda name=name: order.append(name) or {"step": next(clock)} for name in ("plain", "fast")}
@@ -413,6 +451,7 @@ def test_the_benchmark_prints_writes_and_draws_what_it_measured(monkeypatch, tmp
     assert {"backbone", "device", "seconds", "plain_seconds", "speedup", "memory_mb"} <= set(step)
     assert step["backbone"] == "tiny" and 0 < rows["data"]["share"] < 100 and rows["machine"]["device"] == "cpu"
     assert {"forward", "backward", "optimiser", "evaluation", "growth: batch", "growth: size"} <= rows.keys()
+    assert rows["evaluation"]["rounds"] == 3 and "evaluation: fast + bf16" in rows
     assert 0 < rows["matrix rate: plain"]["share"] < 100 and path.with_suffix(".png").stat().st_size > 5000
     said = capsys.readouterr().out
     assert all(f"\n{name}" in said for name in rows if name != "machine")
