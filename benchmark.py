@@ -43,7 +43,7 @@ PART = [  # a module's name → the part of the model its own time is counted fo
     (r"clip\.visual\.(layer\d|attnpool)", r"picture: \1"), (r"clip\.visual", "picture: stem, blocks"),
     (r"clip", "text"), (r"(\w+)", r"\1"), (r"", "between the parts"),
 ]  # fmt: skip
-FAST = "fused Adam: fast"  # the last rung
+FAST, MICRO = "fused Adam: fast", "fast + micro-batches (accumulate 4)"  # the last rung, and one beyond
 
 
 # ---------------------------------------------------------------------------------------------------- the tricks
@@ -84,7 +84,7 @@ def ladder(device, compiled=False) -> dict[str, Tricks]:
         rungs["bf16 for fp16"] = rung = replace(rung, dtype=pick_dtype(device, "auto")[0])
     rungs[FAST] = rung = replace(rung, fused=True)
     more = {} if cuda else {"fast + bf16": replace(rung, dtype=torch.bfloat16)}
-    more |= {"fast + micro-batches (accumulate 4)": replace(rung, accumulate=4),
+    more |= {MICRO: replace(rung, accumulate=4),
              "fast + recompute": replace(rung, recompute=True),
              "fast, graph down to the pixels": replace(rung, pixels=True)}  # fmt: skip
     more |= {"plain, cuDNN off": replace(rungs["plain"], cudnn=False)} if cuda else {}
@@ -268,17 +268,20 @@ def growth_rows(bench, tricks, batches, sizes):
 
 
 def memory_rows(bench, rungs, measured, wanted):
-    """Peak memory by batch size, measured at a few; on a CPU larger ones are the straight line through two measured."""
-    for name in ("plain", FAST, "fast + bf16", "fast + recompute"):
-        if name in rungs:
-            found = {}
-            for batch in measured:
-                found[batch] = bench.fill(batch).memory(rungs[name])
-                yield {"row": f"memory: {name}", "batch": batch, "memory_mb": found[batch], "how": "measured"}
+    """Peak memory by batch size, and a step's time, measured at a few; larger ones are the straight line through the
+    last two measured. In micro-batches the largest one wanted, measured, unless the few are fewer than those hold."""
+    for name in ("plain", FAST, "fast + bf16", "fast + recompute", MICRO):
+        if name not in rungs or (name == MICRO and max(measured) < 8):
+            continue
+        found = {}
+        for batch in wanted[-1:] if name == MICRO else measured:
+            found[batch] = bench.fill(batch).memory(rungs[name])
+            yield {"row": f"memory: {name}", "batch": batch, "seconds": bench.step(rungs[name])["train_step"],
+                   "memory_mb": found[batch], "how": "measured"}  # fmt: skip
+        for batch in (batch for batch in wanted if batch not in found and name != MICRO):
             (a, low), (b, high) = list(found.items())[-2:]
-            for batch in (batch for batch in wanted if batch not in found):
-                line = low + (high - low) / (b - a) * (batch - a)
-                yield {"row": f"memory: {name}", "batch": batch, "memory_mb": line, "how": "computed"}
+            line = low + (high - low) / (b - a) * (batch - a)
+            yield {"row": f"memory: {name}", "batch": batch, "memory_mb": line, "how": "computed"}
 
 
 def sentence_seconds(bench, tricks, source, batch, objects=None) -> float:
@@ -346,7 +349,7 @@ def case_rows(system, backbone, device, args):
         batches = [n for n in (1, 2, 4, 8, 16, 32) if cuda or small or n <= 2]
         yield from growth_rows(bench, rungs[FAST], batches, sides)
     if not small:
-        measured = (1, 8, 16, 32) if cuda else (1, 2)
+        measured = (1, 8, 16, 32) if cuda else (1, 2) if args.quick else (1, 8)
         yield from memory_rows(bench, rungs, measured, (8, 16, 32))
 
 

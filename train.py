@@ -38,6 +38,8 @@ from predict import draw_curves, draw_predictions
 from settings import DROPS, arguments, open_evaluation, open_sources
 from tuning import build
 
+TRIAL = 20  # steps before --compile, and as many after it, that are compared
+
 
 # ---------------------------------------------------------------------------------------------------- the loop
 def train_epoch(run, source, bar):
@@ -47,7 +49,9 @@ def train_epoch(run, source, bar):
     train_set = TrainSet(source, args.size, args.words, args.seed)
     for batch in train_loader(train_set, args.batch_size, run.epoch, run.done, args.workers, run.world.share):
         with run.whole():
+            start = time.perf_counter()
             loss, iou = step(run, batch)
+            run.timed(time.perf_counter() - start)
             run.done, run.steps = run.done + 1, run.steps + 1
             run.totals = [run.totals[0] + loss, run.totals[1] + iou]
         rate, skipped = bar.format_dict["rate"] or 0.0, {"skipped": run.skipped} if run.skipped else {}
@@ -115,6 +119,14 @@ def give_up(run, what, refs):
     raise UserError(f"{what} at {where}: lower --lr, or --amp off; {run.out / 'last.pt'} is the state before it")
 
 
+def bought(seconds) -> str:
+    """What compiling after TRIAL of these 2·TRIAL steps took, what it bought, and when that is paid back."""
+    before, after = np.median(seconds[1:TRIAL]), np.median(seconds[TRIAL + 1 :])
+    took, gain = sum(seconds[TRIAL:]) - TRIAL * after, before - after
+    pays = f"paid back after {took / gain:,.0f} steps" if gain > 0 else "it does not pay here: leave --compile out"
+    return f"compiled in {took:.1f} s: a step takes {after:.3g} s, before {before:.3g} ({before / after:.2f}×); {pays}"
+
+
 class Objective(nn.Module):
     """Model and loss in one, so that what averages gradients over processes sees everything the loss hangs on."""
 
@@ -152,7 +164,8 @@ class Run:
         self.out, self.epoch, self.done, self.steps, self.best, self.minutes = Path(args.out), 0, 0, 0, -1.0, 0.0
         self.totals, self.busy, self.stop, self.skipped = [0.0, 0.0], False, False, 0
         self.statistics = [x for _, x in model.tuned() if not x.requires_grad]  # BatchNorm's: a forward pass moves them
-        self.world, self.objective = parallel.World(), Objective(model)
+        self.world, self.inner, self.times = parallel.World(), Objective(model), []
+        self.objective = self.inner  # until `join` wraps it
         gates = [module for module in model.modules() if isinstance(module, Gate)]
         joint = [x for gate in gates for x in (gate.in_proj_weight, gate.in_proj_bias)]
         self.partly = {x: nn.Parameter(x.detach().chunk(3)[2]) for x in joint}  # queries' and keys' rows never learn
@@ -174,12 +187,19 @@ class Run:
         self.world = world
         if world.size > 1 and self.device.type == "cuda":
             parallel.sync_batch_norm(self.model)
-        objective = Objective(self.model)
-        if self.args.compile:
-            objective.compile()  # in place, not the model's own call: names, evaluation and drawing stay as they are
-        self.objective = world.wrap(objective)
+        self.objective = world.wrap(self.inner)
         if not world.first:
             torch.manual_seed(self.args.seed + 10**6 * world.rank + self.steps)
+
+    def timed(self, seconds):
+        """A step took so long. --compile begins after TRIAL of them, and says after as many more what it bought."""
+        if not self.args.compile or len(self.times) == 2 * TRIAL:
+            return
+        self.times.append(seconds)
+        if len(self.times) == TRIAL:
+            self.inner.compile()  # in place, not the model's own call: names, evaluation and drawing stay as they are
+        if len(self.times) == 2 * TRIAL and self.world.first:
+            tqdm.write(bought(self.times))
 
     def forget(self):
         """The gradients of the last step."""

@@ -353,33 +353,30 @@ def test_evaluation_shares_pictures_and_measures_the_same():
 
 
 # ---- compiling
-def test_compiling_leaves_names_and_numbers(monkeypatch, tmp_path):
+def test_compiling_leaves_names_and_numbers_and_says_what_it_bought(monkeypatch, tmp_path, capsys):
     """--compile compiles model and loss together; the model itself, and so a checkpoint, keeps its names.
 
-    Here torch traces and does not generate code ("eager"), which would take a minute.
+    After the first of four steps; told after the second. Here torch traces and does not generate code ("eager"), which
+    would take a minute.
     """
     real, compiled, states = torch.compile, [], []
     monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or real(f, backend="eager"))
+    monkeypatch.setattr(train, "TRIAL", 2)
+    given = ["--weights", "random", "--steps", "4", "--batch-size", "2", "--limit", "8", "--size", "64"]
     for more in ([], ["--compile"]):
         out = tmp_path / str(len(states))
-        given = [
-            "--weights",
-            "random",
-            "--steps",
-            "2",
-            "--batch-size",
-            "2",
-            "--limit",
-            "4",
-            "--size",
-            "64",
-            "--processes",
-            "1",
-        ]
-        train.main([*given, "--device", "cpu", "--out", str(out), *more])
+        train.main([*given, "--processes", "1", "--device", "cpu", "--out", str(out), *more])
         states.append(torch.load(out / "last.pt", weights_only=True)["tuned"])
-    assert len(compiled) == 1
+        assert capsys.readouterr().out.count("compiled in ") == len(compiled) == len(more)
     assert_same({n: x.double() for n, x in states[0].items()}, {n: x.double() for n, x in states[1].items()}, 1e-4)
+
+
+def test_what_compiling_bought_is_told_against_what_it_took(monkeypatch):
+    """Steps of 2 s, of 1 s after one of 11: it took 10 s, which 10 steps earn. The first step of all warms up."""
+    monkeypatch.setattr(train, "TRIAL", 3)
+    told = train.bought([9, 2, 2, 11, 1, 1])
+    assert told == "compiled in 10.0 s: a step takes 1 s, before 2 (2.00×); paid back after 10 steps"
+    assert train.bought([9, 1, 1, 11, 2, 2]).endswith("before 1 (0.50×); it does not pay here: leave --compile out")
 
 
 # ---- benchmark.py
@@ -431,14 +428,6 @@ def test_variants_take_turns_and_the_first_round_is_not_counted():
     assert benchmark.middle([4.0, 1.0, 3.0, 2.0, 5.0])["quartiles"] == [2.0, 4.0]
 
 
-def test_computed_memory_is_the_line_through_the_measured():
-    """1 and 2 measured at 110 and 120 MB: 8 is 180."""
-    bench = type("Fake", (), {"fill": lambda self, n: type("Filled", (), {"memory": lambda _, tricks: 100 + 10 * n})()})
-    rows = list(benchmark.memory_rows(bench(), {"plain": None}, (1, 2), (2, 8)))
-    assert [(row["batch"], row["memory_mb"], row["how"]) for row in rows] == [
-        (1, 110, "measured"), (2, 120, "measured"), (8, 180, "computed")]  # fmt: skip
-
-
 def test_the_benchmark_prints_writes_and_draws_what_it_measured(monkeypatch, tmp_path, capsys):
     """`--backbone tiny --batch-size 2 --quick --json`, three rounds of everything: rows as DESIGN names them."""
     real = benchmark.take_turns
@@ -458,10 +447,14 @@ def test_the_benchmark_prints_writes_and_draws_what_it_measured(monkeypatch, tmp
 
 
 def test_memory_of_larger_batches_is_the_line_through_the_measured_ones():
-    bench = benchmark.Bench(train.arguments(["--weights", "random"]), torch.device("cpu"))
-    rungs = {name: tricks for name, tricks in benchmark.ladder(bench.device).items() if name == "plain"}
+    """Micro-batches are measured, at the largest batch wanted; with one or two objects there are none."""
+    bench, small = benchmark.Bench(train.arguments(["--weights", "random"]), torch.device("cpu")), benchmark.MICRO
+    rungs = {name: benchmark.ladder(bench.device)[name] for name in ("plain", small)}
     bench.fill(1).step(rungs["plain"])  # Adam's moments stand from now on
     one, two, eight = benchmark.memory_rows(bench, rungs, (1, 2), (2, 8))
     assert [row["how"] for row in (one, two, eight)] == ["measured", "measured", "computed"]
     slope = two["memory_mb"] - one["memory_mb"]
     assert slope > 0 and eight["memory_mb"] == pytest.approx(two["memory_mb"] + 6 * slope)
+    *_, whole, micro = benchmark.memory_rows(bench, rungs, (1, 8), (8,))
+    assert (micro["row"], micro["batch"], micro["how"]) == (f"memory: {small}", 8, "measured")
+    assert micro["memory_mb"] < whole["memory_mb"] and micro["seconds"] > 0
