@@ -412,14 +412,6 @@ def test_what_the_benchmark_measures_adds_up():
     assert all(torch.equal(x, before[name]) for name, x in bench.model.named_parameters())
 
 
-def test_a_step_after_a_change_of_memory_is_not_counted(monkeypatch):
-    """Else a variant would pay for what the one before it gave back."""
-    bench = benchmark.Bench(train.arguments(["--weights", "random"]), torch.device("cpu")).fill(1, 32)
-    plain, kept = list(benchmark.ladder(bench.device).values())[:2]
-    seen = calls(monkeypatch, bench, "loss")
-    assert [len(seen) for tricks in (plain, plain, kept, kept, plain) if bench.step(tricks)] == [2, 3, 5, 6, 8]
-
-
 def test_variants_take_turns_and_the_first_round_is_not_counted():
     order, clock = [], iter(range(1000))
     functions = {name: lambda name=name: order.append(name) or {"step": next(clock)} for name in ("plain", "fast")}
