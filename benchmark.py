@@ -425,9 +425,9 @@ def main(argv=None):
             rows.append({**row, "system": system, "backbone": backbone, "device": device.type})
             print(line(row), flush=True)
         gc.collect()
-    if args.json:
-        write_file(args.json, json.dumps(rows, indent=1).encode())
-        draw(rows, Path(args.json).with_suffix(".png"))
+        if args.json:
+            write_file(args.json, json.dumps(rows, indent=1).encode())
+            draw(rows, Path(args.json).with_suffix(".png"))
 
 
 if __name__ == "__main__":
