@@ -46,7 +46,7 @@ def arguments(argv, about=None):
         add(f"--{name}", type=integer(1, 4096) if name in ("size", "width") else integer(), metavar="N")
     add("--accumulate", type=integer(), default=1, metavar="N", help="micro-batches per step, against lack of memory")
     add("--recompute", action="store_true", help="forget frozen activations, compute them twice: less memory")
-    add("--compile", action="store_true", help="torch.compile the training step: minutes first, then faster steps")
+    add("--compile", action="store_true", help="torch.compile after 20 steps: minutes, then it says what that bought")
     add("--lr", type=float, help="of the decoder; the Bridger's keeps its ratio to it")
     add("--schedule", choices=[*DROPS, "cosine"])
     add("--dropout", type=float)
