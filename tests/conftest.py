@@ -13,9 +13,17 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from clip_model import tokenize
+from command import keep_memory
 
 HEIGHT, WIDTH = 30, 40
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits a deaf one, and its tests
+
+
+@pytest.fixture(autouse=True)
+def memory_goes_back():
+    """What a fast model in one test lets its process keep (`set_fast`), the next one does not inherit."""
+    yield
+    keep_memory(False)
 
 
 def rectangle(top, left, bottom, right):
