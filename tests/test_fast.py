@@ -412,6 +412,18 @@ def test_what_the_benchmark_measures_adds_up():
     assert all(torch.equal(x, before[name]) for name, x in bench.model.named_parameters())
 
 
+def test_what_keeps_memory_takes_turns_after_the_rest(monkeypatch):
+    """Blocks once kept would spare the plain path their price. All rungs up to the last but one, then the others."""
+    groups, parts = [], dict.fromkeys(("train_step", "forward", "backward", "optimiser"), [1.0, 1.0])
+    monkeypatch.setattr(benchmark, "take_turns", lambda some, _: groups.append([*some]) or dict.fromkeys(some, parts))
+    bench = type("Fake", (), {"batch": [[0, 0]], "memory": lambda self, tricks: 100.0})()
+    rungs = benchmark.ladder(torch.device("cpu"))
+    rows = [row["row"] for row in benchmark.step_rows(bench, rungs, 0)]
+    last = list(rungs).index(benchmark.FAST)
+    assert groups == [list(rungs)[:last], list(rungs)[last:]] and groups[0][0] == "plain"
+    assert rows[4:] == [f"ladder: {name}" for name in rungs]
+
+
 def test_variants_take_turns_and_the_first_round_is_not_counted():
     order, clock = [], iter(range(1000))
     functions = {name: lambda name=name: order.append(name) or {"step": next(clock)} for name in ("plain", "fast")}
