@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-os.environ |= {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # the profiler's own chatter
+os.environ.setdefault("KINETO_LOG_LEVEL", "99"), os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # chatter
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

@@ -40,7 +40,7 @@ SEED = integer(0, 2**32 - 1)  # what all dice take
 def keep_memory(on: bool = True):
     """Whether freed memory stays with the process, for the next step, or goes back to the system as is usual.
 
-    glibc hands large blocks back, and the system empties every page before it lends it again: 2 to 6 % of RN101's step
+    glibc hands large blocks back, and the system empties every page before it lends it again: some 3 % of RN101's step
     on a CPU. Off: the limits that glibc comes to by itself. Without glibc (Windows, macOS) nothing happens.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
