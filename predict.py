@@ -1,47 +1,53 @@
-"""6. One picture, some sentences → masks and an overlay, with evaluation's own steps before and after the model.
+"""6. One image and some sentences → masks and an overlay, with evaluation's own steps.
 
-    python predict.py runs/x/best.pt --image photo.jpg --text "the man in red" --out overlay.png --mask mask.png
+    python predict.py runs/x/best.pt --image photo.jpg --text "the man in red" --out overlay.png
 
     from predict import load, segment
-    mask = segment(load("runs/x/best.pt"), "photo.jpg", "the man in red")      # bool (H, W)
+    mask = segment(load("runs/x/best.pt"), "photo.jpg", "the man in red")  # bool (H, W)
 
-H W the picture's own height and width, once upright · S the side of the model's square · K sentences
+H W the image's own height and width, once upright · S side of the square · K sentences
 """
 
-import io
-import json
-import textwrap
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from clip_model import is_blank, tokenize
-from command import Parser, UserError, command, integer
-from data import count_cut, letterbox, read_picture, to_rgb, unletterbox
-from etris import set_fast
-from evaluate import THRESHOLD, check_writable, predict_probabilities, tell, write_file, write_picture
-from official import load_checkpoint, pick_device
+from checkpoint import load_checkpoint
+from data import letterbox, normalize, unletterbox
+from evaluate import THRESHOLD, predict_probabilities
+from fast import set_fast
+from utils.common import (
+    Parser,
+    UserError,
+    check_writable,
+    command,
+    integer,
+    pick_device,
+    warn,
+    write_file,
+)
+from utils.images import read_image, to_rgb
+from utils.plots import draw_pairs, overlay, write_png
+from utils.tokenizer import count_truncated, is_blank, tokenize
 
-# Okabe and Ito's colours, told apart by colour-blind eyes too
-COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
 
+# ------------------------------------------------------------------------------------ from Python
+def load(checkpoint, weights=None, device=None, max_tokens=None):
+    """A checkpoint, this project's or a published one → a model for `segment`, on the best device.
 
-def load(checkpoint, weights=None, device=None, words=None):
-    """A checkpoint file, this project's or a published one -> a fast model for `segment`, on the best device there is.
-
-    weights: the frozen CLIP's file, where it is not in the cache; words: tokens a sentence is cut at (the checkpoint's;
-    a published one: 17). UserError says what is missing and the ways out.
+    weights: the frozen CLIP's file, where it is not in the cache; max_tokens: where a sentence is
+    cut (the checkpoint's own; 17 for a published one). UserError says what is missing.
     """
-    return set_fast(load_checkpoint(checkpoint, weights, pick_device(device)[0], words))
+    device, _ = pick_device(device)
+    return set_fast(load_checkpoint(checkpoint, weights, device, max_tokens))
 
 
 def segment(model, image, text, threshold=THRESHOLD):
-    """Where the picture shows what the sentence names: bool (H, W); a list of sentences gives a list of masks.
+    """Segment `image` by a referring expression → bool (H, W); a list of them → a list of masks.
 
-    image: a path, a PIL image, or uint8 (H, W), (H, W, 3) or (H, W, 4). EXIF turns it, and the mask with it.
+    image: a path, a PIL image, or uint8 (H, W), (H, W, 3) or (H, W, 4). EXIF turns it and the mask.
     """
     if isinstance(text, str):
         return segment(model, image, [text], threshold)[0]
@@ -50,207 +56,201 @@ def segment(model, image, text, threshold=THRESHOLD):
 
 @torch.inference_mode()
 def probabilities(model, image, sentences) -> np.ndarray:
-    """float32 (K, H, W): how sure the model is of every pixel, for each of K sentences; 0..1."""
-    if isinstance(sentences, str) or not len(sentences) or any(map(is_blank, sentences)):
+    """The probability of every pixel, for each of K sentences: float32 (K, H, W), 0..1."""
+    empty = isinstance(sentences, str) or len(sentences) == 0
+    if empty or any(is_blank(sentence) for sentence in sentences):
         raise UserError(f"{sentences!r}: give a list of sentences, none of them empty")
-    square, box = letterbox(as_picture(image), model.size)
-    device = next((parameter.device for parameter in model.parameters()), "cpu")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    square, box = letterbox(as_image(image), model.size)
+    images = normalize(square[None].to(device))  # (1, 3, S, S)
+    tokens = tokenize(sentences, model.max_tokens).to(device)  # (K, L)
+
     was_training = model.training
     model.eval()
     try:
-        tokens, image = tokenize(list(sentences), model.words).to(device), square[None].to(device)
-        maps = [predict_probabilities(model, image, t, t.new_zeros(len(t))) for t in tokens.split(32)]
+        maps = []
+        for some in tokens.split(32):
+            repeated = images.expand(len(some), -1, -1, -1)
+            maps.append(predict_probabilities(model, repeated, some))
     finally:
         model.train(was_training)
-    return unletterbox(torch.cat(maps), box).clamp(0, 1).cpu().numpy()
+    maps = unletterbox(torch.cat(maps), box)  # (K, H, W)
+    return maps.clamp(0, 1).cpu().numpy()
 
 
-def as_picture(image) -> np.ndarray:
-    """A path, PIL image or uint8 array -> uint8 (H, W, 3), upright."""
+def as_image(image) -> np.ndarray:
+    """A path, PIL image or uint8 array → uint8 (H, W, 3), upright."""
     if isinstance(image, str | Path):
-        return read_picture(image)
+        return read_image(image)
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.shape[2:] not in [(), (3,), (4,)] or image.ndim < 2 or not image.size:
-            raise UserError(f"an array of {image.dtype} {image.shape}: give uint8 (H, W), (H, W, 3) or (H, W, 4)")
+        has_shape = image.ndim >= 2 and image.shape[2:] in [(), (3,), (4,)] and image.size > 0
+        if image.dtype != np.uint8 or not has_shape:
+            wanted = "give uint8 (H, W), (H, W, 3) or (H, W, 4)"
+            raise UserError(f"an array of {image.dtype} {image.shape}: {wanted}")
         image = Image.fromarray(image)
     return to_rgb(ImageOps.exif_transpose(image))
 
 
-def label(sentence, width) -> str:
-    """A sentence as figures show it: in lines of `width`, at most 300 letters, none that cannot be drawn."""
-    letters = "".join(letter if letter.isprintable() else " " for letter in sentence)
-    return textwrap.fill(letters if len(letters) <= 300 else letters[:299] + "…", width)
+def draw_predictions(model, dataset, path, count=6, threshold=THRESHOLD):
+    """Write a figure of the first objects: what their first sentence means, what is predicted."""
+    samples = [dataset[i] for i in range(min(count, len(dataset)))]
+    masks = [segment(model, sample.image, sample.sentences[0], threshold) for sample in samples]
+    draw_pairs(samples, masks, path)
 
 
-def png(figure, **options) -> bytes:
-    """The figure as a PNG's bytes; what matplotlib's font lacks, emoji and far scripts, is a box, without a word."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")
-        figure.savefig(buffer := io.BytesIO(), format="png", **options)
-    return buffer.getvalue()
-
-
-def overlay(picture, masks, sentences) -> bytes:
-    """The picture with every mask in a colour of its own and a legend below, as the bytes of a PNG."""
-    from matplotlib.colors import to_rgb as rgb  # here, for it is slow to import and `segment` does without
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    shown, handles = picture.astype(float) / 255, []
-    for number, (mask, sentence) in enumerate(zip(masks, sentences, strict=True)):
-        colour = COLOURS[number % len(COLOURS)]
-        shown[mask] = 0.45 * shown[mask] + 0.55 * np.array(rgb(colour))
-        handles.append(Patch(color=colour, label=label(sentence, 60) + ("" if mask.any() else " (nothing found)")))
-    height, width = (side / max(picture.shape[:2]) * 8 for side in picture.shape[:2])
-    axis = (figure := Figure((max(width, 1), max(height, 1)), dpi=120)).add_axes((0, 0, 1, 1))
-    axis.imshow(shown)
-    axis.axis("off")
-    legend = axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), frameon=False)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
-    return png(figure, bbox_inches="tight")
-
-
-def contact_sheet(items, out):
-    """Pictures with their object outlined and their sentences below, four in a row, as one PNG."""
-    from matplotlib.figure import Figure  # here, for only this needs it and it is slow to import
-
-    figure = Figure((13, 3.4 * -(-len(items) // 4)), dpi=100)
-    for place, item in enumerate(items, 1):
-        axis = figure.add_subplot(-(-len(items) // 4), 4, place)
-        axis.imshow(item.picture)
-        axis.contour(item.mask, [0.5], colors=["black"], linewidths=[3])  # twice, to be seen on any colour
-        axis.contour(item.mask, [0.5], colors=["white"], linewidths=[1])
-        lines = "\n".join(label(sentence[:44], 44) for sentence in item.sentences[:4])
-        axis.text(0.5, -0.03, lines, fontsize=8, ha="center", va="top", transform=axis.transAxes, parse_math=False)
-        axis.axis("off")
-    write_file(out, png(figure, bbox_inches="tight"))
-
-
-def draw_predictions(model, source, path, count=6, threshold=THRESHOLD):
-    """The first objects of a source, first sentence each: what is meant above, what the model finds below."""
-    from matplotlib.figure import Figure
-
-    items = [source[i] for i in range(min(count, len(source)))]
-    figure = Figure((2.6 * len(items), 5.6), layout="constrained")
-    for above, below, item in zip(*figure.subplots(2, len(items), squeeze=False), items, strict=True):
-        found = probabilities(model, item.picture, item.sentences[:1])[0] > threshold
-        for axis, mask, title in ((above, item.mask, item.sentences[0]), (below, found, "predicted")):
-            axis.imshow(item.picture)
-            axis.imshow(np.ma.masked_equal(mask, False), cmap="spring", alpha=0.6, interpolation="nearest")
-            axis.set_title(label(title, 32), fontsize=8, parse_math=False)
-            axis.axis("off")
-    write_file(path, png(figure, dpi=90))
-
-
-def draw_curves(out):
-    """OUT/curves.png: the loss and val's metrics after each epoch, read back from OUT/log.jsonl."""
-    from matplotlib.figure import Figure
-
-    lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
-    lines = list({line["step"]: line for line in lines if "loss" in line}.values())  # a killed epoch's is there twice
-    figure = Figure((9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    steps = [line["step"] for line in lines]
-    left.plot(steps, [line["loss"] for line in lines], "o-", color=COLOURS[5])
-    left.set(xlabel="step", ylabel="text-to-pixel loss, mean of the epoch", ylim=(0, None))
-    for key, colour, marker in zip(("oIoU", "mIoU", "Pr@0.5"), COLOURS[4:1:-1], "os^", strict=True):
-        right.plot(steps, [line["val"][key] for line in lines], marker + "-", label=key, color=colour)
-    right.set(xlabel="step", ylabel="val, percent", ylim=(0, 100))
-    right.legend()
-    write_file(Path(out, "curves.png"), png(figure, dpi=120))
-
-
-def numbered(path, count) -> list[Path]:
+# ---------------------------------------------------------------------------------------- files
+def mask_paths(path, count) -> list[Path]:
     """mask.png for one sentence; mask_1.png, mask_2.png … for several."""
     path = Path(path)
-    return [path] if count == 1 else [path.with_stem(f"{path.stem}_{k}") for k in range(1, count + 1)]
+    if count == 1:
+        return [path]
+    return [path.with_stem(f"{path.stem}_{k}") for k in range(1, count + 1)]
 
 
-def pictures_in(folder) -> dict[str, Path]:
-    """Every picture of a folder, under the name its results get: without ending, but where two would be the same."""
+def images_in(folder) -> dict[str, Path]:
+    """{name of its results: path} for every image of a folder.
+
+    The name is the file's without its ending, unless two files would get the same.
+    """
     endings = set(Image.registered_extensions())
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in endings)
     if not paths:
-        raise UserError(f"{folder} holds no picture")
+        raise UserError(f"{folder} holds no image")
     stems = [path.stem for path in paths]
     return {path.stem if stems.count(path.stem) == 1 else path.name: path for path in paths}
 
 
-def predict_file(model, path, sentences, threshold, out, mask=None, probability=None):
-    """One picture's files; what was found goes to the screen. All is computed before anything is written."""
-    picture = read_picture(path)
-    maps = probabilities(model, picture, sentences)
-    found = list(maps > threshold)
-    drawn = overlay(picture, found, sentences)
-    write_file(out, drawn)
-    for k, sentence in enumerate(sentences):
-        if mask:
-            write_picture(numbered(mask, len(sentences))[k], found[k])
-        if probability:
-            write_picture(numbered(probability, len(sentences))[k], (255 * maps[k]).round().astype(np.uint8))
-        share = f"{100 * found[k].mean():.1f} % of the picture"
-        nothing = f"nothing found (highest probability {maps[k].max():.2f}, threshold {threshold}), the mask is empty"
-        print(f"{path}: {sentence!r}: {share if found[k].any() else nothing}")
+def output_paths(args) -> list[tuple]:
+    """(image, overlay, mask, probability map) for each image; a path is None if not wanted.
 
-
-def plan(args) -> list[tuple]:
-    """(picture, overlay, mask, probability map) for each picture: --image names one or, with folders to write, many."""
-    many = Path(args.image).is_dir()
-    wanted, taken = [args.out or ("overlays" if many else "overlay.png"), args.mask, args.probability], {args.image}
-    for name in filter(None, wanted):
-        if not many and Path(name).suffix.lower() != ".png":
-            raise UserError(f"{name}: results are written as PNG, name it so")
-        if Path(name).resolve() in {Path(other).resolve() for other in taken}:
-            raise UserError(f"{name}: would be written over: give --image, --out, --mask and --probability other names")
-        check_writable(name, folder=many)
-        taken.add(name)
-    if not many:
+    UserError, before any work, where a result cannot be written or would replace another file.
+    """
+    is_folder = Path(args.image).is_dir()
+    overlay_path = args.out or ("overlays" if is_folder else "overlay.png")
+    wanted = [overlay_path, args.mask, args.probability]
+    taken = [Path(args.image).resolve()]
+    for path in wanted:
+        if not path:
+            continue
+        if not is_folder and Path(path).suffix.lower() != ".png":
+            raise UserError(f"{path}: results are PNG files, name it so")
+        if Path(path).resolve() in taken:
+            names = "--image, --out, --mask and --probability"
+            raise UserError(f"{path}: would be written over: give {names} other names")
+        check_writable(path, folder=is_folder)
+        taken.append(Path(path).resolve())
+    if not is_folder:
         return [(args.image, *wanted)]
-    pictures = pictures_in(args.image).items()
-    return [(path, *(folder and Path(folder, f"{name}.png") for folder in wanted)) for name, path in pictures]
+    rows = []
+    for name, image in images_in(args.image).items():
+        files = [Path(folder, f"{name}.png") if folder else None for folder in wanted]
+        rows.append((image, *files))
+    return rows
 
 
-def bad_picture(path):
-    """What is wrong with it, or None."""
+def reading_error(path) -> UserError | None:
+    """The error that reading an image raises, or None."""
     try:
-        read_picture(path)
+        read_image(path)
     except UserError as error:
         return error
 
 
+def predict_file(model, path, sentences, threshold, out, mask=None, probability=None):
+    """Write one image's files and print what was found. Nothing is written before all is known."""
+    image = read_image(path)
+    maps = probabilities(model, image, sentences)
+    masks = list(maps > threshold)
+    drawn = overlay(image, masks, sentences)
+
+    write_file(out, drawn)
+    if mask:
+        for file, values in zip(mask_paths(mask, len(sentences)), masks, strict=True):
+            write_png(file, values)
+    if probability:
+        for file, values in zip(mask_paths(probability, len(sentences)), maps, strict=True):
+            write_png(file, (255 * values).round().astype(np.uint8))
+    for sentence, found, values in zip(sentences, masks, maps, strict=True):
+        if found.any():
+            text = f"{100 * found.mean():.1f} % of the image"
+        else:
+            highest = f"highest probability {values.max():.2f}, threshold {threshold}"
+            text = f"nothing found ({highest}), the mask is empty"
+        print(f"{path}: {sentence!r}: {text}")
+
+
+# ------------------------------------------------------------------------------------- command line
+def arguments(argv=None):
+    parser = Parser(description="Segment what sentences refer to, in an image or a folder of them.")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of train.py, or published")
+    # Input
+    parser.add_argument(
+        "--image",
+        required=True,
+        metavar="FILE",
+        help="an image, or a folder of them; then --out, --mask and --probability are folders too",
+    )
+    parser.add_argument(
+        "--text",
+        required=True,
+        action="append",
+        metavar="SENTENCE",
+        help="a referring expression; repeat it for more",
+    )
+    parser.add_argument(
+        "--keep-going", action="store_true", help="skip images of a folder that cannot be read"
+    )
+    # Output
+    parser.add_argument("--out", metavar="FILE", help="the overlay (overlay.png)")
+    parser.add_argument(
+        "--mask", metavar="FILE", help="the mask, 0 and 255; mask_1.png … for several sentences"
+    )
+    parser.add_argument("--probability", metavar="FILE", help="the probabilities, 0 to 255")
+    # Model
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, help=f"of the probability ({THRESHOLD})"
+    )
+    parser.add_argument(
+        "--weights", metavar="FILE", help="of the frozen CLIP, where it is not in the cache"
+    )
+    parser.add_argument(
+        "--words", type=integer(3, 77), metavar="N", help="tokens per sentence (the checkpoint's)"
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda", "mps"], help="where to run (the best available)"
+    )
+    args = parser.parse_args(argv)
+
+    if any(is_blank(sentence) for sentence in args.text):
+        raise UserError(f"--text {args.text}: no sentence may be empty")
+    if not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold {args.threshold}: choose a probability, 0 to 1")
+    return args
+
+
 @command
 def main(argv=None):
-    parser = Parser(description="Segment what sentences name in a picture, or in a folder of them.")
-    add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="of this project, or one that ETRIS' authors published")
-    add("--image", required=True, metavar="FILE", help="a picture, or a folder; then --out, --mask … are folders too")
-    add("--text", required=True, action="append", metavar="SENTENCE", help="again for more")
-    add("--out", metavar="FILE", help="the overlay (overlay.png)")
-    add("--mask", metavar="FILE", help="the mask, 0 and 255; mask_1.png, mask_2.png … for several sentences")
-    add("--probability", metavar="FILE", help="the probabilities, 0 to 255")
-    add("--threshold", type=float, default=THRESHOLD, help=f"of the probability ({THRESHOLD})")
-    add("--keep-going", action="store_true", help="skip pictures of a folder that cannot be read: said and counted")
-    add("--weights", metavar="FILE", help="of the frozen CLIP, where it is not in the cache")
-    add("--words", type=integer(3, 77), metavar="N", help="tokens a sentence has at most (the checkpoint's)")
-    add("--device", choices=["cpu", "cuda", "mps"])
-    args = parser.parse_args(argv)
-    if any(map(is_blank, args.text)) or not 0 <= args.threshold <= 1:
-        raise UserError(f"--text {args.text} --threshold {args.threshold}: no sentence may be empty; 0 to 1")
-    todo = plan(args)
-    bad = {path: error for path, *_ in todo if (error := bad_picture(path))}  # said before anything is written
-    if bad and not (args.keep_going and len(bad) < len(todo)):
-        raise next(iter(bad.values()))
+    args = arguments(argv)
+    jobs = output_paths(args)
+    errors = {}  # by image; known before anything is written
+    for path, *_ in jobs:
+        error = reading_error(path)
+        if error:
+            errors[path] = error
+    if errors and (not args.keep_going or len(errors) == len(jobs)):
+        raise next(iter(errors.values()))
+
     model = load(args.checkpoint, args.weights, args.device, args.words)
-    if cut := count_cut(args.text, model.words):
-        print(f"{cut} of the sentences are longer than {model.words} tokens, the end is cut")
-    for path, *files in todo:
-        if path in bad:
-            tell(bad[path])
+    truncated = count_truncated(args.text, model.max_tokens)
+    if truncated:
+        print(f"{truncated} of the sentences are longer than {model.max_tokens} tokens: cut")
+    for path, *files in jobs:
+        if path in errors:
+            warn(errors[path])
         else:
             predict_file(model, path, args.text, args.threshold, *files)
-    if bad:
-        print(f"{len(todo) - len(bad)} of {len(todo)} pictures, {len(bad)} skipped")
+    if errors:
+        print(f"{len(jobs) - len(errors)} of {len(jobs)} images, {len(errors)} skipped")
 
 
 if __name__ == "__main__":

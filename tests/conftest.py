@@ -1,4 +1,4 @@
-"""What several test files share: a tiny RefCOCO tree and a folder of one's own, written as a user has them on disk."""
+"""What several test files share: a tiny RefCOCO tree and a folder of one's own, written to disk."""
 
 import json
 import os
@@ -12,18 +12,12 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco
 
-from clip_model import tokenize
-from command import keep_memory
+from utils.tokenizer import tokenize
 
-HEIGHT, WIDTH = 30, 40
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits a deaf one, and its tests
-
-
-@pytest.fixture(autouse=True)
-def memory_goes_back():
-    """What a fast model in one test lets its process keep (`set_fast`), the next one does not inherit."""
-    yield
-    keep_memory(False)
+HEIGHT = 30
+WIDTH = 40
+# a job in the background ignores SIGINT, and so would the commands that tests start and interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def rectangle(top, left, bottom, right):
@@ -37,59 +31,90 @@ def corners(top, left, bottom, right):
 
 
 def refer_tables():
-    """Refs and instances.json of four objects in four pictures, one for each way to write a mask."""
-    text = coco.encode(np.asfortranarray(rectangle(10, 20, 20, 30).astype(np.uint8)))["counts"].decode()
-    column = [0, HEIGHT, HEIGHT * (WIDTH - 1)]  # column by column: the first one inside, all others outside
-    shapes = [
+    """Refs and instances.json of four objects in four images, one for each way to write a mask."""
+    inside = np.asfortranarray(rectangle(10, 20, 20, 30).astype(np.uint8))
+    text = coco.encode(inside)["counts"].decode()
+    column = [0, HEIGHT, HEIGHT * (WIDTH - 1)]  # the first column inside, all others outside
+    segmentations = [
         [corners(5, 5, 15, 15), corners(10, 10, 20, 25)],  # two polygons that overlap
         {"size": [HEIGHT, WIDTH], "counts": text},
         {"size": [HEIGHT, WIDTH], "counts": column},
         [corners(0, 0, HEIGHT, WIDTH // 2)],
     ]
-    splits = ["train", "train", "val", "testA"]
-    files = [f"COCO_train2014_{number:012d}.jpg" for number in range(4)]
-    refs = [
-        {"ref_id": 10 + i, "ann_id": 100 + i, "image_id": i, "file_name": files[i].replace(".jpg", f"_{i}.jpg"),
-         "split": splits[i], "category_id": 1, "sent_ids": [2 * i, 2 * i + 1],
-         "sentences": [{"sent": f"left thing {i}", "sent_id": 2 * i, "raw": "Left!", "tokens": ["left"]},
-                       {"sent": f"thing {i}", "sent_id": 2 * i + 1, "raw": "thing", "tokens": ["thing"]}]}
-        for i in range(4)
-    ]  # fmt: skip
-    images = [{"id": i, "file_name": files[i], "height": HEIGHT, "width": WIDTH} for i in range(4)]
-    masks = [{"id": 100 + i, "image_id": i, "segmentation": shapes[i], "iscrowd": i == 2} for i in range(4)]
-    return refs, {"images": images, "annotations": masks}
+    refs = []
+    images = []
+    annotations = []
+    for i, split in enumerate(["train", "train", "val", "testA"]):
+        name = f"COCO_train2014_{i:012d}"
+        ref = {
+            "ref_id": 10 + i,
+            "ann_id": 100 + i,
+            "image_id": i,
+            "file_name": f"{name}_{i}.jpg",
+            "split": split,
+            "category_id": 1,
+            "sent_ids": [2 * i, 2 * i + 1],
+            "sentences": [
+                {
+                    "sent": f"left thing {i}",
+                    "sent_id": 2 * i,
+                    "raw": "Left!",
+                    "tokens": ["left"],
+                },
+                {
+                    "sent": f"thing {i}",
+                    "sent_id": 2 * i + 1,
+                    "raw": "thing",
+                    "tokens": ["thing"],
+                },
+            ],
+        }
+        image = {"id": i, "file_name": f"{name}.jpg", "height": HEIGHT, "width": WIDTH}
+        annotation = {
+            "id": 100 + i,
+            "image_id": i,
+            "segmentation": segmentations[i],
+            "iscrowd": i == 2,
+        }
+        refs.append(ref)
+        images.append(image)
+        annotations.append(annotation)
+    return refs, {"images": images, "annotations": annotations}
 
 
 def write_refer(data, name="refcoco/refs(unc).p", tables=None, protocol=0):
-    """The tables as files under `data`, with a picture for each; returns the refs file."""
+    """The tables as files under `data`, with an image for each; returns the refs file."""
     refs, instances = tables or refer_tables()
     path = Path(data, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(pickle.dumps(refs, protocol=protocol))
     path.with_name("instances.json").write_text(json.dumps(instances))
-    pictures = Path(data, "images", "train2014")
-    pictures.mkdir(parents=True, exist_ok=True)
-    for image in instances["images"]:
-        shade = np.full((image["height"], image["width"], 3), 40 * (image["id"] % 6), np.uint8)
-        Image.fromarray(shade).save(pictures / image["file_name"])
+    folder = Path(data, "images", "train2014")
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in instances["images"]:
+        shade = np.full((row["height"], row["width"], 3), 40 * (row["id"] % 6), np.uint8)
+        Image.fromarray(shade).save(folder / row["file_name"])
     return path
 
 
 def write_folder(folder, records):
-    """A folder of one's own: two pictures, their masks, and refs.jsonl with one line for each record."""
+    """A folder of one's own: two images, their masks, and refs.jsonl with a line per record."""
     for kind in ("images", "masks"):
         Path(folder, kind).mkdir(parents=True, exist_ok=True)
     for number in range(2):
-        picture = np.full((HEIGHT, WIDTH, 3), 90 * number, np.uint8)
-        Image.fromarray(picture).save(Path(folder, "images", f"{number}.png"))
+        image = np.full((HEIGHT, WIDTH, 3), 90 * number, np.uint8)
+        Image.fromarray(image).save(Path(folder, "images", f"{number}.png"))
         mask = rectangle(0, 0, 10 + 10 * number, 10).astype(np.uint8) * 255
         Image.fromarray(mask).save(Path(folder, "masks", f"{number}.png"))
-    Path(folder, "refs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = [json.dumps(record) + "\n" for record in records]
+    Path(folder, "refs.jsonl").write_text("".join(lines))
     return Path(folder)
 
 
 def record(number=0, **changes):
-    return {"image": f"images/{number}.png", "mask": f"masks/{number}.png", "sentences": ["a cup"]} | changes
+    """A line of refs.jsonl about image and mask `number`."""
+    line = {"image": f"images/{number}.png", "mask": f"masks/{number}.png", "sentences": ["a cup"]}
+    return line | changes
 
 
 @pytest.fixture
@@ -107,15 +132,20 @@ def refer_sample():
 
 
 class BrightModel(torch.nn.Module):
-    """Stands in for ETRIS: finds what is bright, or what is dark where the sentence begins with "dark"."""
+    """Stands in for ETRIS: finds what is bright, or dark where the sentence begins with "dark"."""
 
-    size, words, align_corners = 32, 6, False
+    size = 32
+    max_tokens = 6
+    align_corners = False
 
     def forward(self, images, tokens):
-        assert not self.training and images.shape[1:] == (3, self.size, self.size) and tokens.shape[1] == self.words
+        assert not self.training
+        assert images.shape[1:] == (3, self.size, self.size)
+        assert tokens.shape[1] == self.max_tokens
         dark = tokens[:, 1] == tokenize(["dark"], 3)[0, 1]
         sign = torch.where(dark, -1.0, 1.0).view(-1, 1, 1, 1)
-        return 20 * sign * torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), 4)
+        brightness = images.mean(1, keepdim=True)
+        return 20 * sign * torch.nn.functional.avg_pool2d(brightness, 4)
 
 
 @pytest.fixture

@@ -1,141 +1,258 @@
-"""14. Every trick of the fast path, at RN101's depth (its widths are an eighth): it changes the work, not the result.
+"""fast.py: every trick, at RN101's depth (its widths are an eighth), changes the work, not the
+result.
 
-max|Δ| / max|·| ≤ 1e-10 in float64 and ≤ 1e-4 in float32, for logits and for the gradient of everything that learns.
+max|Δ| / max|·| ≤ 1e-10 in float64 and ≤ 1e-4 in float32, for logits and for the gradient of
+everything that learns.
 """
 
 import copy
-import json
-import platform
-import subprocess
-import sys
-from dataclasses import astuple
-from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils import parametrize
 
-import benchmark
-import etris
-import train
-import tuning
-from clip_model import CLIP, HERE, Attention, Norm, Size, build_clip, fill_by_name, tokenize
+from checkpoint import build_model
+from clip_model import CLIP, Attention, CLIPConfig, build_clip, init_by_name
 from data import open_dataset
-from etris import Enlarge, Gate, Projector, assemble, convolve_doubled, set_fast, text_to_pixel_loss
+from etris import Gate, Projector, build_etris, text_to_pixel_loss
 from evaluate import evaluate
+from fast import FAST, FOLDED, FoldedPair, conv3x3_after_upsample, set_fast
+from methods.peft import apply_tuning, parse_tuning
+from utils.tokenizer import tokenize
 
-DEEP = Size(32, 64, (3, 4, 23, 3), 8, None, 64, 12, 20)
-SHALLOW = Size(32, 64, (1, 2, 1, 1), 8, None, 64, 3, 20)
+DEEP = CLIPConfig(
+    embed_dim=32,
+    image_size=64,
+    vision_layers=(3, 4, 23, 3),
+    vision_width=8,
+    text_width=64,
+    text_layers=12,
+    context_length=20,
+)
+SHALLOW = CLIPConfig(
+    embed_dim=32,
+    image_size=64,
+    vision_layers=(1, 2, 1, 1),
+    vision_width=8,
+    text_width=64,
+    text_layers=3,
+    context_length=20,
+)
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
-def model_of(size=DEEP, dtype=torch.float64, tuned="bridger", **options):
-    """With norms as training leaves them: no scale is 1, no mean 0; and with tuned parts that do something."""
+def model_of(config=DEEP, dtype=torch.float64, tuning="bridger", **options):
+    """With norms as training leaves them: no scale is 1, no mean 0; and with tuned parts that do
+    something.
+    """
     torch.manual_seed(0)
-    clip = build_clip(fill_by_name(CLIP(size).state_dict()))
-    for norm in (module for module in clip.modules() if isinstance(module, Norm)):
-        for x in (norm.weight, norm.running_var):
-            nn.init.uniform_(x, 0.5, 1.5)
-        for x in (norm.bias, norm.running_mean):
-            nn.init.normal_(x, std=0.3)
-    model = tuning.apply(assemble(clip, 64, 8, width=16, dropout=0.0, **options), tuning.parse(tuned))
+    clip = build_clip(init_by_name(CLIP(config).state_dict()))
+    for norm in (module for module in clip.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.3)
+        nn.init.normal_(norm.running_mean, std=0.3)
+    model = build_etris(clip, 64, 8, width=16, dropout=0.0, **options)
+    apply_tuning(model, parse_tuning(tuning))
     for name, parameter in model.named_parameters():
         if "adapter" in name or ".up" in name:  # else they start as the identity
             nn.init.normal_(parameter, std=0.1)
     return model.to(dtype)
 
 
-def inputs(count=2):
+def inputs(count=2, side=64):
     texts = ["the red cat on the left", "dog", "ring", "two big stars"][:count]
-    dice = torch.Generator().manual_seed(1)
-    masks = (torch.rand(count, 1, 64, 64, generator=dice) > 0.7).float()
-    return torch.randn(count, 3, 64, 64, generator=dice), tokenize(texts, 8), masks
+    generator = torch.Generator().manual_seed(1)
+    masks = (torch.rand(count, 1, side, side, generator=generator) > 0.7).float()
+    images = torch.randn(count, 3, side, side, generator=generator)
+    return images, tokenize(texts, 8), masks
 
 
-def results(model, dtype=torch.float64, **batch):
-    """{"logits": …, name of what learns: its gradient}; the gates' queries and keys, dead by design, left out."""
-    images, tokens, masks = inputs(**batch)
+def results(model, dtype=torch.float64, side=64):
+    """{"logits": …, name of what learns: its gradient}; the gates' queries and keys, dead by
+    design, left out.
+    """
+    images, tokens, masks = inputs(side=side)
     model.zero_grad()
     logits = model(images.to(dtype), tokens)
     text_to_pixel_loss(logits.to(dtype), masks.to(dtype)).backward()
-    third = {name: len(p) // 3 * 2 for name, p in model.named_parameters() if "gates" in name and "in_proj" in name}
-    learn = {n: p.grad[third.get(n, 0) :] for n, p in model.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach(), **learn}
+    found = {"logits": logits.detach()}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        dead_rows = 0
+        if "gates" in name and "in_proj" in name:
+            dead_rows = len(parameter) // 3 * 2
+        found[name] = parameter.grad[dead_rows:]
+    return found
 
 
 def assert_same(plain, fast, bound):
     assert plain.keys() == fast.keys()
-    for name, x in plain.items():  # a bias of keys has no effect: its gradient is 0 but for rounding, hence the 1e-5
-        off, largest = (x - fast[name]).abs().max().item(), max(1e-5, x.abs().max().item())
+    for name, x in plain.items():
+        off = (x - fast[name]).abs().max().item()
+        # a bias of keys has no effect: its gradient is 0 but for rounding, hence the 1e-5
+        largest = max(1e-5, x.abs().max().item())
         assert off <= bound * largest, f"{name}: {off:.2e} of {largest:.2e}"
 
 
 def calls(monkeypatch, owner, name):
     """How often the function is called from now on: a list that grows."""
-    seen, function = [], getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *args, **more: seen.append(name) or function(*args, **more))
+    seen = []
+    function = getattr(owner, name)
+
+    def counted(*args, **options):
+        seen.append(name)
+        return function(*args, **options)
+
+    monkeypatch.setattr(owner, name, counted)
     return seen
+
+
+def swapped(model):
+    """The modules that have a fast method of their own, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if {"forward", "attend"} & vars(module).keys()
+    }
 
 
 # ---- all of it
 @pytest.mark.parametrize("dtype", BOUND)
 def test_the_fast_path_gives_the_same_logits_and_gradients_and_can_be_left(dtype):
-    """set_fast on: the same. Off again: bit for bit what it was. The state dict never changes, in name or number."""
+    """set_fast on: the same. Off again: bit for bit what it was. The state dict never changes, in
+    name or number.
+    """
     model = model_of(dtype=dtype)
     state = {name: x.clone() for name, x in model.state_dict().items()}
     model.eval()  # of BatchNorm in the head too: statistics would move between the two
     plain = results(model, dtype)
     assert_same(plain, results(set_fast(model), dtype), BOUND[dtype])
-    assert_same(plain, results(model.to(memory_format=torch.channels_last), dtype), BOUND[dtype])
-    assert_same(plain, results(set_fast(model, False).to(memory_format=torch.contiguous_format), dtype), 0)
+    model.to(memory_format=torch.channels_last)
+    assert_same(plain, results(model, dtype), BOUND[dtype])
+    set_fast(model, False).to(memory_format=torch.contiguous_format)
+    assert_same(plain, results(model, dtype), 0)
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(x, model.state_dict()[name]) for name, x in state.items())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backbone": "tiny-vit", "size": 64},
+        {"backbone": "tiny-vit", "size": 64, "tuning": "lora+bridger"},
+        {"backbone": "tiny-vit", "size": 96, "system": "barleria"},
+        {"backbone": "tiny-dino", "size": 96, "system": "detris"},
+        {"backbone": "tiny-dino", "size": 96, "system": "detris", "tuning": "bridger+lora"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", BOUND)
+def test_every_system_computes_the_same_on_the_fast_path(options, dtype):
+    torch.manual_seed(0)
+    model = build_model(weights="random", max_tokens=8, dropout=0.0, **options)
+    for name, parameter in model.named_parameters():
+        if ".up" in name:
+            nn.init.normal_(parameter, std=0.1)
+    model = model.to(dtype).eval()
+    plain = results(model, dtype, model.size)
+    assert_same(plain, results(set_fast(model), dtype, model.size), BOUND[dtype])
+    assert_same(plain, results(set_fast(model, False), dtype, model.size), 0)
+
+
 def test_set_fast_is_the_only_switch():
-    """What has a fast path is `fast = False` until then, in every system's modules, and a new model is plain."""
-    model = model_of(SHALLOW)
-    kinds = {type(m) for m in model.modules() if hasattr(m, "fast")}
-    assert {Norm, Attention, Gate, Projector, Enlarge} <= kinds
-    assert not any(m.fast for m in model.modules() if type(m) in kinds)
-    assert all(m.fast for m in set_fast(model).modules() if type(m) in kinds)
-
-
-# ---- memory
-def test_freed_memory_stays_with_the_process_on_the_fast_path(monkeypatch):
-    """set_fast tells. Then blocks of 100 MB come back without page faults, and else with one for every page.
-
-    In a fresh process, where no block is left over; the last line is for glibc's arenas, one for each thread.
+    """A new model is plain. Then every module of a class with a trick has its fast method, and no
+    other module has one; switched off, none has.
     """
-    told = []
-    monkeypatch.setattr(etris, "keep_memory", told.append)
-    set_fast(set_fast(nn.Linear(1, 1)), False)
-    assert told == [True, False]
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("only glibc's allocator can be told")
-    code = """if True:
-        import concurrent.futures, resource, torch, command
-        for on in (False, True):
-            command.keep_memory(on)
-            faults = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
-            for n in range(12):  # small blocks settle in what was freed: some rounds are new
-                torch.ones(25_000_000)
-                faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-            print(min(after - before for before, after in zip(faults, faults[1:])))
-        print(int(concurrent.futures.ThreadPoolExecutor().submit(torch.ones, 25_000_000).result().sum()))"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
-    usual, kept, threaded = map(int, done.stdout.split())
-    assert usual > 1000 > 10 > kept and threaded == 25_000_000
+    model = model_of(SHALLOW)
+    assert not swapped(model)
+    expected = set()
+    for name, module in set_fast(model).named_modules():
+        if type(module) in FAST:
+            expected.add(name)
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d) and name.startswith("clip."):
+            expected.add(name)
+    found = swapped(model)
+    assert found.keys() == expected
+    assert {Attention, Gate, Projector, nn.Conv2d, nn.BatchNorm2d} <= {*map(type, found.values())}
+    assert not swapped(set_fast(model, False))
+
+
+def test_tricks_can_be_switched_class_by_class():
+    """What an experiment that measures them one by one needs."""
+    model = model_of(SHALLOW)
+    kinds = {type(module) for module in swapped(set_fast(model, classes=[Gate])).values()}
+    assert kinds == {Gate}
+    kinds = {type(module) for module in swapped(set_fast(model, classes=FOLDED)).values()}
+    assert kinds == {Gate, nn.Conv2d, nn.BatchNorm2d}
+    set_fast(model, False, classes=[Gate])
+    assert {type(module) for module in swapped(model).values()} == {nn.Conv2d, nn.BatchNorm2d}
+
+
+@pytest.mark.parametrize("tuning", ["bridger", "lora+bridger", "adapter+bridger"])
+def test_a_copy_of_a_fast_model_is_fast_and_on_its_own(tuning):
+    """The copy's methods are bound to the copy: what happens to it leaves the original alone."""
+    model = set_fast(model_of(SHALLOW, tuning=tuning)).eval()
+    before = results(model)
+    twin = copy.deepcopy(model)
+    assert swapped(twin).keys() == swapped(model).keys()
+    assert_same(before, results(twin), 0)
+    with torch.no_grad():
+        for tensor in twin.state_dict().values():
+            tensor.zero_()
+    assert results(twin)["logits"].abs().max() == 0
+    assert_same(before, results(model), 0)
+    set_fast(model, False)
+    assert swapped(twin)
+
+
+def test_a_state_dict_loads_into_either_path():
+    model = set_fast(model_of(SHALLOW))
+    plain = model_of(SHALLOW)
+    plain.load_state_dict(model.state_dict(), strict=True)
+    model.load_state_dict(plain.state_dict(), strict=True)
+
+
+def test_the_fast_path_can_be_compiled():
+    """One graph without a break, with torch's attention and without BatchNorm of the frozen tower;
+    the model keeps its parameters' names. Here torch traces and generates no code, which would take
+    a minute.
+    """
+    model = set_fast(model_of(SHALLOW)).eval()
+    images, tokens, _ = inputs()
+    names = list(model.state_dict())
+    expected = model(images.double(), tokens)
+    called = []
+
+    def backend(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    assert_same({"logits": expected}, {"logits": compiled(images.double(), tokens)}, 1e-10)
+    norms = [m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    own = [
+        m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d) and n[:5] != "clip."
+    ]
+    assert sum("scaled_dot_product_attention" in name for name in called) == 3 + 12 + 1 + 6
+    assert sum("batch_norm" in name for name in called) == len(own) < len(norms)
+    assert list(model.state_dict()) == names
 
 
 # ---- BatchNorm in its convolution
 def test_the_frozen_towers_norms_are_folded_into_their_convolutions(monkeypatch):
-    """RN101 has 3 + 33 · 3 + 4 = 106 of them; none is computed on the fast path, the head's own all are."""
-    model, (images, tokens, _) = model_of().eval(), inputs()
-    images, norms = images.double(), [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    frozen = [m for m in norms if isinstance(m, Norm)]
+    """RN101 has 3 + 33 · 3 + 4 = 106 of them; none is computed on the fast path, the head's own all
+    are.
+    """
+    model = model_of().eval()
+    images, tokens, _ = inputs()
+    images = images.double()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    frozen = [m for m in model.clip.modules() if isinstance(m, nn.BatchNorm2d)]
     seen = calls(monkeypatch, F, "batch_norm")
     model(images, tokens)
     assert (len(frozen), len(seen)) == (106, len(norms))
@@ -144,38 +261,65 @@ def test_the_frozen_towers_norms_are_folded_into_their_convolutions(monkeypatch)
     assert len(seen) == len(norms) - 106 > 0
 
 
-@pytest.mark.parametrize("tuned", ["full", "bitfit+bridger", "lora+bridger", "adapter", "conv-adapter+bridger"])
-def test_where_the_tower_learns_or_is_adapted_nothing_is_folded_wrongly(tuned):
+@pytest.mark.parametrize(
+    "tuning", ["full", "bitfit+bridger", "lora+bridger", "adapter", "conv-adapter+bridger"]
+)
+def test_where_the_tower_learns_or_is_adapted_nothing_is_folded_wrongly(tuning):
     """Scales that learn get their gradient; what hangs behind a norm is still passed through."""
-    model = model_of(DEEP, tuned=tuned).eval()
-    plain, fast = results(model), results(set_fast(model))
+    model = model_of(DEEP, tuning=tuning).eval()
+    plain = results(model)
+    fast = results(set_fast(model))
     assert len(plain) > 10
     assert_same(plain, fast, 1e-10)
 
 
+def test_what_hangs_behind_a_folded_norm_sees_its_output():
+    """A forward hook on a frozen BatchNorm runs, on both paths, and reads the normalized map."""
+    model = model_of(SHALLOW).eval()
+    images, tokens, _ = inputs()
+    outputs = []
+    norm = model.clip.visual.layer2[1].bn2
+    norm.register_forward_hook(lambda module, args, out: outputs.append(out.clone()))
+    for on in (False, True):
+        set_fast(model, on)(images.double(), tokens)
+    plain, fast = outputs
+    assert_same({"out": plain}, {"out": fast}, 1e-10)
+
+
 def test_a_norm_that_moves_is_never_folded(monkeypatch):
-    """Pre-training our own CLIP: in training mode the batch's statistics count, though nothing may learn."""
-    norm, conv, x = Norm(4), nn.Conv2d(3, 4, 3, bias=False), torch.randn(2, 3, 8, 8)
-    norm.fast = True
+    """Pre-training our own CLIP: in training mode the batch's statistics count, though nothing may
+    learn.
+    """
+    conv = nn.Conv2d(3, 4, 3, bias=False).requires_grad_(False)
+    norm = nn.BatchNorm2d(4).requires_grad_(False)
+    pair = FoldedPair(conv, norm)
+    x = torch.randn(2, 3, 8, 8)
+
+    def run():
+        return pair.bn_forward(pair.conv_forward(x))
+
     seen = calls(monkeypatch, F, "batch_norm")
-    norm.requires_grad_(False), conv.requires_grad_(False)
-    norm.train()(conv, x)
+    norm.train()
+    run()
     assert len(seen) == 1 and norm.running_mean.abs().max() > 0
-    norm.eval()(conv, x)
+    norm.eval()
+    run()
     assert len(seen) == 1
     conv.requires_grad_(True)
-    norm(conv, x).sum().backward()
+    run().sum().backward()
     assert len(seen) == 2 and conv.weight.grad.abs().max() > 0
 
 
 def test_a_tensor_loaded_after_the_switch_counts():
     """The folded weights are made from the frozen tensors each time: nothing goes stale."""
-    model, (images, tokens, _) = set_fast(model_of(SHALLOW)).eval(), inputs()
-    before = model(images.double(), tokens)
+    model = set_fast(model_of(SHALLOW)).eval()
+    images, tokens, _ = inputs()
+    images = images.double()
+    before = model(images, tokens)
     model.clip.visual.bn1.bias.data += 1
-    after = model(images.double(), tokens)
+    after = model(images, tokens)
     assert not torch.allclose(before, after)
-    assert torch.allclose(after, set_fast(model, False)(images.double(), tokens), rtol=1e-10)
+    assert torch.allclose(after, set_fast(model, False)(images, tokens), rtol=1e-10)
 
 
 # ---- what is kept for the backward pass
@@ -183,22 +327,26 @@ def kept(function):
     """Bytes that autograd keeps of what `function` computes, each storage once."""
     storages = {}
 
-    def note(x):
+    def pack(x):
         storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with saved_tensors_hooks(note, lambda x: x):
+    with saved_tensors_hooks(pack, lambda x: x):
         out = function()
     return sum(storages.values()), out
 
 
-def test_there_is_no_graph_below_the_first_trainable_place():
-    """Stem, layer1, layer2 keep nothing, nor the words' first third if positions are frozen; then a graph begins."""
-    model, (images, tokens, _) = set_fast(model_of(SHALLOW, torch.float32)), inputs()
+def test_there_is_no_graph_below_the_first_trainable_position():
+    """Stem, layer1, layer2 keep nothing, nor the words' first third if positions are frozen; then a
+    graph begins.
+    """
+    model = set_fast(model_of(SHALLOW, torch.float32))
+    images, tokens, _ = inputs()
     begins = []
     for layer in model.clip.visual.stages:
-        layer.register_forward_hook(lambda module, given, out: begins.append(out.requires_grad))
-    visual, text = model.clip.visual, model.clip
+        layer.register_forward_hook(lambda module, args, out: begins.append(out.requires_grad))
+    visual = model.clip.visual
+    text = model.clip
     assert kept(lambda: visual.stages[0](visual.stem(images)))[0] == 0
     words = kept(lambda: text.stages[0](text.stem(tokens)))[0]
     model.clip.positional_embedding.requires_grad_(False)
@@ -208,116 +356,109 @@ def test_there_is_no_graph_below_the_first_trainable_place():
     assert begins == [False, True, True]
 
 
-def test_folding_and_recomputing_keep_less():
-    """Without its norm a convolution's output is not kept; `recompute` keeps none of a frozen stage. Same gradients."""
-    model, (images, tokens, _) = model_of(dtype=torch.float32).eval(), inputs(4)
-    sizes = [kept(lambda: model(images, tokens))[0]]
-    for model.recompute in (False, True):
-        sizes.append(kept(lambda: set_fast(model)(images, tokens))[0])
-    assert sizes[0] > sizes[1] > sizes[2]
-    model.double()
-    again = results(model)
-    model.recompute = False
-    assert_same(results(model), again, 1e-12)
+def test_folding_keeps_less():
+    """Without its norm a convolution's output is not kept."""
+    model = model_of(dtype=torch.float32).eval()
+    images, tokens, _ = inputs(4)
+    plain, _ = kept(lambda: model(images, tokens))
+    folded, _ = kept(lambda: set_fast(model, classes=FOLDED)(images, tokens))
+    all_tricks, _ = kept(lambda: set_fast(model)(images, tokens))
+    assert plain > folded > all_tricks
 
 
 # ---- attention
-def test_scaled_dot_product_attention_wherever_no_map_is_asked_for(monkeypatch):
-    """12 text blocks, 12 in the Bridger, the pool, 6 in the decoder; `look` asks for maps and gets the plain path's."""
-    model, (images, tokens, _) = model_of(dtype=torch.float32).eval(), inputs()
+@pytest.mark.parametrize("tuning", ["bridger", "lora+bridger"])
+def test_scaled_dot_product_attention_wherever_no_weights_are_asked_for(monkeypatch, tuning):
+    """12 text blocks, 12 in the Bridger, the pool, 6 in the decoder; `activations` asks for the
+    weights and gets the plain path's.
+    """
+    model = model_of(dtype=torch.float32, tuning=tuning).eval()
+    images, tokens, _ = inputs()
     seen = calls(monkeypatch, F, "scaled_dot_product_attention")
-    plain = model.look(images, tokens)
+    plain = model.activations(images, tokens)
     assert not seen
     set_fast(model)(images, tokens)
     assert len(seen) == 12 + 12 + 1 + 6
-    fast = model.look(images, tokens)
-    maps = {name for name, x in plain.items() if name.endswith("attn")}
-    assert len(maps) == 12 + 12 + 6 and maps <= fast.keys()
-    assert_same({name: plain[name] for name in maps}, {name: fast[name] for name in maps}, 1e-4)
+    seen.clear()
+    fast = model.activations(images, tokens)
+    assert not seen and fast.keys() == plain.keys()
+    weights = [name for name in plain if name.endswith("attn")]
+    assert len(weights) == 12 + 12 + 6
+    assert_same(
+        {name: plain[name] for name in weights}, {name: fast[name] for name in weights}, 1e-4
+    )
 
 
-def test_the_gates_dead_tensors_stay_in_the_state_dict_and_out_of_the_optimiser(tmp_path):
-    """Width 64, three gates: 3 · 2 · (64² + 64) = 24,960 numbers that Adam does not know; the rest of a gate learns."""
-    args = train.arguments(["--weights", "random", "--out", str(tmp_path), "--lr", "0.01"])
-    model, (images, tokens, masks) = model_of(SHALLOW, torch.float32), inputs()
-    run = train.Run(args, set_fast(model), torch.device("cpu"), torch.float32, 10)
-    known = sum(x.numel() for group in run.adam.param_groups for x in group["params"])
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) - known == 24960
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    for _ in range(3):
-        train.step(run, {"image": images, "tokens": tokens, "mask": masks, "ref_id": torch.arange(2)})
-    for name, x in model.state_dict().items():
-        if "gates" in name and "in_proj" in name:
-            dead = len(x) // 3 * 2
-            assert torch.equal(x[:dead], before[name][:dead]) and not torch.equal(x[dead:], before[name][dead:])
-    assert all(x.grad is None for group in run.adam.param_groups for x in group["params"])
-
-
-def test_leaving_the_dead_rows_out_changes_no_step(tmp_path):
-    """Three steps by train.py and three of an Adam that knows every parameter: the same numbers, to the last bit."""
-    args = train.arguments(["--weights", "random", "--out", str(tmp_path), "--lr", "0.01"])
-    start, (images, tokens, masks) = model_of(SHALLOW, torch.float32), inputs()
-    one, other = set_fast(copy.deepcopy(start)), set_fast(copy.deepcopy(start))
-    run = train.Run(args, one, torch.device("cpu"), torch.float32, 10)
-    assert len(run.partly) == 6
-    run.rate.step = lambda: None
-    adam = torch.optim.Adam([p for p in other.parameters() if p.requires_grad], run.rate.get_last_lr()[0],
-                            betas=(0.9, args.beta2), fused=True)  # fmt: skip
-    for _ in range(3):
-        train.step(run, {"image": images, "tokens": tokens, "mask": masks, "ref_id": torch.arange(2)})
-        adam.zero_grad()
-        text_to_pixel_loss(other(images.contiguous(memory_format=torch.channels_last), tokens), masks).backward()
-        adam.step()
-    assert all(torch.equal(x, other.state_dict()[name]) for name, x in one.state_dict().items())
+def test_a_parametrized_module_keeps_its_trick():
+    """LoRA gives an attention a class of its own; its fast method is that of the class before."""
+    model = model_of(SHALLOW, tuning="lora+bridger")
+    attention = model.clip.transformer.resblocks[0].attn
+    assert parametrize.is_parametrized(attention) and type(attention) is not Attention
+    assert "attend" in vars(set_fast(model).clip.transformer.resblocks[0].attn)
 
 
 # ---- the projector
 @pytest.mark.parametrize("size", [(3, 4), (1, 5), (6, 2), (1, 1)])
 @pytest.mark.parametrize("dtype", BOUND)
-def test_channels_may_be_mixed_before_a_map_is_enlarged(size, dtype):
-    """What the 3×3 convolution of the enlarged map and `convolve_doubled` makes, borders included; gradients too."""
-    x, weight = torch.randn(2, 5, *size, dtype=dtype), torch.randn(7, 5, 3, 3, dtype=dtype)
+def test_channels_may_be_mixed_before_a_map_is_upsampled(size, dtype):
+    """What the 3×3 convolution of the upsampled map and `conv3x3_after_upsample` makes, borders
+    included; gradients too.
+    """
+    x = torch.randn(2, 5, *size, dtype=dtype)
+    weight = torch.randn(7, 5, 3, 3, dtype=dtype)
+
+    def upsample_then_convolve(x, weight):
+        return F.conv2d(F.interpolate(x, scale_factor=2, mode="bilinear"), weight, padding=1)
+
     found = []
-    for function in (lambda x, w: F.conv2d(F.interpolate(x, scale_factor=2, mode="bilinear"), w, padding=1),
-                     convolve_doubled):  # fmt: skip
-        one, two = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        out = function(one, two)
-        (out * torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)).sum().backward()
-        found.append({"out": out.detach(), "x": one.grad, "weight": two.grad})
+    for function in (upsample_then_convolve, conv3x3_after_upsample):
+        x_leaf = x.clone().requires_grad_()
+        weight_leaf = weight.clone().requires_grad_()
+        out = function(x_leaf, weight_leaf)
+        factors = torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)
+        (out * factors).sum().backward()
+        found.append({"out": out.detach(), "x": x_leaf.grad, "weight": weight_leaf.grad})
     assert_same(*found, BOUND[dtype])
 
 
-def test_no_map_is_enlarged_and_no_1x1_convolution_runs_on_the_largest(monkeypatch):
-    """Plain: two enlargements, three convolutions and one by the sentence's kernel. Fast: none of these."""
+def test_no_map_is_upsampled_and_no_1x1_convolution_runs_on_the_largest(monkeypatch):
+    """Plain: two upsamplings, three convolutions and one by the sentence's kernel. Fast: none."""
     projector = Projector(model_of(SHALLOW, torch.float32).clip)
-    features, sentence = torch.randn(2, 64, 4, 4), torch.randn(2, 32)
+    features = torch.randn(2, 64, 4, 4)
+    sentence = torch.randn(2, 32)
     seen = calls(monkeypatch, F, "conv2d")
     plain = projector(features, sentence)
     assert len(seen) == 4
     seen.clear()
-    assert_same({"logits": plain}, {"logits": set_fast(projector)(features, sentence)}, 1e-4)
+    fast = set_fast(projector)(features, sentence)
+    assert_same({"logits": plain}, {"logits": fast}, 1e-4)
     assert not seen
 
 
 # ---- the step
 def test_fused_adam_takes_the_same_steps():
     """Three steps from the same gradients; float32, so to a millionth."""
-    start, moved = model_of(SHALLOW, torch.float32), []
+    start = model_of(SHALLOW, torch.float32)
+    moved = []
     for fused in (False, True):
-        model, dice = copy.deepcopy(start), torch.Generator().manual_seed(2)
+        model = copy.deepcopy(start)
+        generator = torch.Generator().manual_seed(2)
         learn = [p for p in model.parameters() if p.requires_grad]
-        adam = torch.optim.Adam(learn, 1e-3, fused=fused)
+        optimizer = torch.optim.Adam(learn, 1e-3, fused=fused)
         for _ in range(3):
             for p in learn:
-                p.grad = torch.randn(p.shape, generator=dice)
-            adam.step()
+                p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
         moved.append({str(i): p.detach() for i, p in enumerate(learn)})
     assert_same(*moved, 1e-6)
 
 
 def test_bf16_stays_near():
-    """Eight bits of mantissa: no equality. Logits stay within a tenth, the loss, always float32, within a hundredth."""
-    model, (images, tokens, masks) = set_fast(model_of(dtype=torch.float32)).eval(), inputs()
+    """Eight bits of mantissa: no equality. Logits stay within a tenth, the loss, always float32,
+    within a hundredth.
+    """
+    model = set_fast(model_of(dtype=torch.float32)).eval()
+    images, tokens, masks = inputs()
     exact = model(images, tokens)
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(images, tokens)
@@ -328,138 +469,13 @@ def test_bf16_stays_near():
 
 
 # ---- evaluation
-@pytest.mark.parametrize("stages, begins", [((0, 1, 2), 1), ((1,), 2), ((2,), 3), ((), 3)])
-def test_a_picture_of_several_sentences_is_seen_once_below_the_bridges(stages, begins):
-    """Two pictures, five sentences: the logits of five pictures; stem and stages below the first bridge see two."""
-    model, (images, tokens, _) = set_fast(model_of(SHALLOW, stages=stages)).eval(), inputs(4)
-    images, tokens, owner = images[:2].double(), tokens[[0, 1, 2, 3, 0]], torch.tensor([0, 0, 1, 0, 1])
-    each, seen = model(images[owner], tokens), []
-    for layer in (model.clip.visual.layer1, *model.clip.visual.stages):
-        layer.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
-    assert_same({"logits": each}, {"logits": model(images, tokens, owner=owner)}, 1e-10)
-    assert seen == [2] * (1 + begins) + [5] * (3 - begins)
-
-
-def test_evaluation_shares_pictures_and_measures_the_same():
-    """Drawn scenes in batches of five sentences and one at a time: the same rows, fewer pictures seen."""
+def test_evaluation_in_batches_measures_the_same():
+    """Drawn scenes in batches of five sentences and one at a time: the same rows."""
     model = set_fast(model_of(SHALLOW, torch.float32))
-    source, seen = open_dataset("scenes", "val", limit=4), []
-    model.clip.visual.layer1.register_forward_pre_hook(lambda module, given: seen.append(len(given[0])))
-    _, alone = evaluate(model, source, batch_size=1, progress=False)
-    count = len(seen)
-    seen.clear()
-    _, together = evaluate(model, source, batch_size=5, progress=False)
-    assert count == len(alone) > sum(seen) and [row["sent_id"] for row in alone] == [row["sent_id"] for row in together]
-    assert all(abs(a["I"] - b["I"]) <= 2 and abs(a["U"] - b["U"]) <= 2 for a, b in zip(alone, together, strict=True))
-
-
-# ---- compiling
-def test_compiling_leaves_names_and_numbers_and_says_what_it_bought(monkeypatch, tmp_path, capsys):
-    """--compile compiles model and loss together; the model itself, and so a checkpoint, keeps its names.
-
-    After the second of four steps; told after the fourth. Here torch traces and does not generate code ("eager"), which
-    would take a minute.
-    """
-    real, compiled, states = torch.compile, [], []
-    monkeypatch.setattr(torch, "compile", lambda f, **_: compiled.append(f) or real(f, backend="eager"))
-    monkeypatch.setattr(train, "TRIAL", 2)
-    given = ["--weights", "random", "--steps", "4", "--batch-size", "2", "--limit", "8", "--size", "64"]
-    for more in ([], ["--compile"]):
-        out = tmp_path / str(len(states))
-        train.main([*given, "--processes", "1", "--device", "cpu", "--out", str(out), *more])
-        states.append(torch.load(out / "last.pt", weights_only=True)["tuned"])
-        assert capsys.readouterr().out.count("compiled in ") == len(compiled) == len(more)
-    assert_same({n: x.double() for n, x in states[0].items()}, {n: x.double() for n, x in states[1].items()}, 1e-4)
-
-
-def test_what_compiling_bought_is_told_against_what_it_took(monkeypatch):
-    """Steps of 2 s, of 1 s after one of 11: it took 10 s, which 10 steps earn. The first step of all warms up."""
-    monkeypatch.setattr(train, "TRIAL", 3)
-    told = train.bought([9, 2, 2, 11, 1, 1])
-    assert told == "compiled in 10.0 s: a step takes 1 s, before 2 (2.00×); paid back after 10 steps"
-    assert train.bought([9, 1, 1, 11, 2, 2]).endswith("before 1 (0.50×); it does not pay here: leave --compile out")
-
-
-# ---- benchmark.py
-def test_the_ladder_leads_from_the_plain_path_to_what_training_does():
-    """No trick on the first rung; on the last the modules, layout and optimiser of train.py; one more on each."""
-    bench = benchmark.Bench(train.arguments(["--weights", "random"]), torch.device("cpu"))
-    rungs = benchmark.ladder(bench.device)
-    climb = list(rungs.values())[: list(rungs).index(benchmark.FAST) + 1]
-    assert climb[0] == benchmark.Tricks() and climb[-1].fused and climb[-1].channels_last
-    assert all(sum(a != b for a, b in zip(astuple(x), astuple(y), strict=True)) == 1 for x, y in pairwise(climb))
-    switches = [module for module in bench.model.modules() if hasattr(module, "fast")]
-    bench.fill(1, 32).dress(climb[-1])
-    assert all(module.fast for module in switches) and bench.model.clip.visual.conv1.weight.is_contiguous(
-        memory_format=torch.channels_last
-    )
-    bench.dress(climb[0])
-    assert not any(module.fast for module in switches) and bench.model.clip.visual.conv1.weight.is_contiguous()
-
-
-def test_what_the_benchmark_measures_adds_up():
-    """Three parts are the step; parts of the model are 100 %; the peak grows with the batch; and no weight moves."""
-    bench = benchmark.Bench(train.arguments(["--weights", "random"]), torch.device("cpu")).fill(1, 32)
-    before = {name: x.clone() for name, x in bench.model.named_parameters()}
-    tricks = benchmark.ladder(bench.device)[benchmark.FAST]
-    spent = bench.step(tricks)
-    assert spent.pop("train_step") == pytest.approx(sum(spent.values())) and min(spent.values()) > 0
-    rows = list(benchmark.part_rows(bench, tricks))
-    assert {"part: text", "part: bridger", "part: picture: layer3", "part: projector"} <= {row["row"] for row in rows}
-    assert sum(row["share"] for row in rows) == pytest.approx(100)
-    few, many = bench.memory(tricks), bench.fill(4, 32).memory(tricks)
-    weights = sum(x.nbytes for x in bench.model.state_dict().values()) / 2**20
-    assert weights < few < many
-    assert all(torch.equal(x, before[name]) for name, x in bench.model.named_parameters())
-
-
-def test_what_keeps_memory_takes_turns_after_the_rest(monkeypatch):
-    """Blocks once kept would spare the plain path their price. All rungs up to the last but one, then the others."""
-    groups, parts = [], dict.fromkeys(("train_step", "forward", "backward", "optimiser"), [1.0, 1.0])
-    monkeypatch.setattr(benchmark, "take_turns", lambda some, _: groups.append([*some]) or dict.fromkeys(some, parts))
-    bench = type("Fake", (), {"batch": [[0, 0]], "memory": lambda self, tricks: 100.0})()
-    rungs = benchmark.ladder(torch.device("cpu"))
-    rows = [row["row"] for row in benchmark.step_rows(bench, rungs, 0)]
-    last = list(rungs).index(benchmark.FAST)
-    assert groups == [list(rungs)[:last], list(rungs)[last:]] and groups[0][0] == "plain"
-    assert rows[4:] == [f"ladder: {name}" for name in rungs]
-
-
-def test_variants_take_turns_and_the_first_round_is_not_counted():
-    order, clock = [], iter(range(1000))
-    functions = {name: lambda name=name: order.append(name) or {"step": next(clock)} for name in ("plain", "fast")}
-    times = benchmark.take_turns(functions, 0)
-    assert order[:6] == ["plain", "fast"] * 3 and times["plain"]["step"] == [2, 4, 6]
-    assert benchmark.middle([4.0, 1.0, 3.0, 2.0, 5.0])["quartiles"] == [2.0, 4.0]
-
-
-def test_the_benchmark_prints_writes_and_draws_what_it_measured(monkeypatch, tmp_path, capsys):
-    """`--backbone tiny --batch-size 2 --quick --json`, three rounds of everything: rows as DESIGN names them."""
-    real = benchmark.take_turns
-    monkeypatch.setattr(benchmark, "take_turns", lambda functions, seconds: real(functions, 0))
-    path = tmp_path / "b.json"
-    benchmark.main(["--backbone", "tiny", "--batch-size", "2", "--quick", "--device", "cpu", "--json", str(path)])
-    rows = {row["row"]: row for row in json.loads(path.read_text())}
-    step = rows["train_step"]
-    assert step["speedup"] == pytest.approx(step["plain_seconds"] / step["seconds"])
-    assert {"backbone", "device", "seconds", "plain_seconds", "speedup", "memory_mb"} <= set(step)
-    assert step["backbone"] == "tiny" and 0 < rows["data"]["share"] < 100 and rows["machine"]["device"] == "cpu"
-    assert {"forward", "backward", "optimiser", "evaluation", "growth: batch", "growth: size"} <= rows.keys()
-    assert rows["evaluation"]["rounds"] == 3 and "evaluation: fast + bf16" in rows
-    assert 0 < rows["matrix rate: plain"]["share"] < 100 and path.with_suffix(".png").stat().st_size > 5000
-    said = capsys.readouterr().out
-    assert all(f"\n{name}" in said for name in rows if name != "machine")
-
-
-def test_memory_of_larger_batches_is_the_line_through_the_measured_ones():
-    """Micro-batches are measured, at the largest batch wanted; with one or two objects there are none."""
-    bench, small = benchmark.Bench(train.arguments(["--weights", "random"]), torch.device("cpu")), benchmark.MICRO
-    rungs = {name: benchmark.ladder(bench.device)[name] for name in ("plain", small)}
-    bench.fill(1).step(rungs["plain"])  # Adam's moments stand from now on
-    one, two, eight = benchmark.memory_rows(bench, rungs, (1, 2), (2, 8))
-    assert [row["how"] for row in (one, two, eight)] == ["measured", "measured", "computed"]
-    slope = two["memory_mb"] - one["memory_mb"]
-    assert slope > 0 and eight["memory_mb"] == pytest.approx(two["memory_mb"] + 6 * slope)
-    *_, whole, micro = benchmark.memory_rows(bench, rungs, (1, 8), (8,))
-    assert (micro["row"], micro["batch"], micro["how"]) == (f"memory: {small}", 8, "measured")
-    assert micro["memory_mb"] < whole["memory_mb"] and micro["seconds"] > 0
+    dataset = open_dataset("scenes", "val", limit=4)
+    _, alone = evaluate(model, dataset, batch_size=1, progress=False)
+    _, together = evaluate(model, dataset, batch_size=5, progress=False)
+    assert [row["sent_id"] for row in alone] == [row["sent_id"] for row in together]
+    for a, b in zip(alone, together, strict=True):
+        assert abs(a["I"] - b["I"]) <= 2
+        assert abs(a["U"] - b["U"]) <= 2

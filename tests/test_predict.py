@@ -1,49 +1,58 @@
-"""6. What `predict.py` promises: evaluation's numbers, pictures of every kind, and files that say what was found."""
+"""6. What `predict.py` promises: evaluation's numbers, images of every kind, clear messages."""
 
 import numpy as np
 import pytest
 import torch
-from conftest import HEIGHT, WIDTH, record, rectangle, write_folder
 from PIL import Image
 
 import predict as room
-from clip_model import UserError
-from data import open_dataset, read_picture
-from etris import Gate
-from evaluate import evaluate, write_picture
-from predict import probabilities, segment
+from conftest import HEIGHT, WIDTH, record, rectangle, write_folder
+from data import open_dataset
+from evaluate import evaluate
+from predict import draw_predictions, probabilities, segment
+from utils.common import UserError
+from utils.images import read_image
+from utils.plots import write_png
 
 BRIGHT = rectangle(0, 0, HEIGHT, WIDTH // 2)  # the left half
 
 
 def photo(mask=BRIGHT):
-    return np.repeat(mask[..., None].astype(np.uint8) * 255, 3, axis=2)
+    gray = mask.astype(np.uint8) * 255
+    return np.repeat(gray[..., None], 3, axis=2)
 
 
 def iou(mask, truth):
     return (mask & truth).sum() / (mask | truth).sum()
 
 
-def test_one_sentence_gives_one_mask_of_the_pictures_size(bright_model):
+def test_one_sentence_gives_one_mask_of_the_images_size(bright_model):
     mask = segment(bright_model, photo(), "bright thing")
-    assert mask.dtype == bool and mask.shape == (HEIGHT, WIDTH) and iou(mask, BRIGHT) > 0.85
+    assert mask.dtype == bool
+    assert mask.shape == (HEIGHT, WIDTH)
+    assert iou(mask, BRIGHT) > 0.85
 
 
 def test_several_sentences_give_as_many_masks(bright_model):
     bright, dark = segment(bright_model, photo(), ["bright thing", "dark thing"])
-    assert iou(bright, BRIGHT) > 0.85 and iou(dark, ~BRIGHT) > 0.85
+    assert iou(bright, BRIGHT) > 0.85
+    assert iou(dark, ~BRIGHT) > 0.85
 
 
-def test_a_path_a_pil_image_and_an_array_are_the_same_picture(bright_model, tmp_path):
+def test_a_path_a_pil_image_and_an_array_are_the_same_image(bright_model, tmp_path):
     path = tmp_path / "x.png"
     Image.fromarray(photo()).save(path)
-    images = [path, str(path), Image.open(path), photo(), photo()[..., 0], np.dstack([photo(), photo()[..., :1] | 255])]
+    opaque = photo()[..., :1] | 255
+    with_alpha = np.dstack([photo(), opaque])
+    images = [path, str(path), Image.open(path), photo(), photo()[..., 0], with_alpha]
     masks = [segment(bright_model, image, "bright") for image in images]
-    assert all(np.array_equal(mask, masks[0]) for mask in masks) and masks[0].any()
+    assert masks[0].any()
+    for mask in masks:
+        np.testing.assert_array_equal(mask, masks[0])
 
 
-def test_the_mask_lies_on_the_picture_as_it_is_seen(bright_model, tmp_path):
-    """Stored with the left half bright; orientation 6 shows it turned right: the upper half is bright, and 40x30."""
+def test_the_mask_lies_on_the_image_as_it_is_seen(bright_model, tmp_path):
+    """Stored with the left half bright; orientation 6 turns it right: the upper half is bright."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(photo()).save(tmp_path / "x.png", exif=exif)
@@ -54,27 +63,43 @@ def test_the_mask_lies_on_the_picture_as_it_is_seen(bright_model, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA", "I;16"])
-def test_pictures_of_every_mode_are_segmented(bright_model, mode):
-    image = Image.fromarray(photo()[..., 0].astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(photo())
-    image = image if mode == "I;16" else image.convert(mode)
+def test_images_of_every_mode_are_segmented(bright_model, mode):
+    if mode == "I;16":
+        image = Image.fromarray(photo()[..., 0].astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(photo()).convert(mode)
     assert iou(segment(bright_model, image, "bright"), BRIGHT) > 0.85
 
 
 def test_the_numbers_are_those_of_evaluation(bright_model, tmp_path):
-    """The same item through evaluate.py's saved mask and through segment: not one pixel differs."""
+    """The same sample through evaluate.py's saved mask and through segment: no pixel differs."""
     own = write_folder(tmp_path, [record(0, sentences=["bright", "dark one"])])
-    write_picture(own / "images" / "0.png", photo())
-    evaluate(bright_model, open_dataset(str(own), "train"), progress=False, save_masks=tmp_path / "out")
-    for number, mask in enumerate(segment(bright_model, own / "images" / "0.png", ["bright", "dark one"])):
-        np.testing.assert_array_equal(mask * 255, np.asarray(Image.open(tmp_path / "out" / f"0_{number}.png")))
-        assert mask.any() and not mask.all()
+    path = own / "images" / "0.png"
+    write_png(path, photo())
+    dataset = open_dataset(str(own), "train")
+    evaluate(bright_model, dataset, progress=False, save_masks=tmp_path / "out")
+    for number, mask in enumerate(segment(bright_model, path, ["bright", "dark one"])):
+        saved = np.asarray(Image.open(tmp_path / "out" / f"0_{number}.png"))
+        np.testing.assert_array_equal(mask * 255, saved)
+        assert mask.any()
+        assert not mask.all()
 
 
 def test_probabilities_are_between_none_and_sure(bright_model):
     maps = probabilities(bright_model, photo(), ["bright", "dark"])
-    assert maps.shape == (2, HEIGHT, WIDTH) and maps.dtype == np.float32 and maps.min() >= 0 and maps.max() <= 1
-    inside = maps[0, 5:-5]  # the border of the square, grey to the stub, reaches a little into the picture
-    assert inside[:, 5:15].min() > 0.9 and inside[:, -15:-5].max() < 0.1
+    assert maps.shape == (2, HEIGHT, WIDTH)
+    assert maps.dtype == np.float32
+    assert maps.min() >= 0
+    assert maps.max() <= 1
+    inside = maps[0, 5:-5]  # the square's border, gray to the stub, reaches into the image
+    assert inside[:, 5:15].min() > 0.9
+    assert inside[:, -15:-5].max() < 0.1
+
+
+def test_more_sentences_than_fit_at_once_are_taken_in_turns(bright_model):
+    maps = probabilities(bright_model, photo(), ["bright", "dark"] * 20)
+    assert maps.shape == (40, HEIGHT, WIDTH)
+    np.testing.assert_array_equal(maps[38], maps[0])
 
 
 def test_the_model_keeps_the_mode_it_had(bright_model):
@@ -88,19 +113,46 @@ def test_an_empty_sentence_is_refused(bright_model, sentences):
         segment(bright_model, photo(), sentences)
 
 
-@pytest.mark.parametrize("array", [np.zeros((4, 4)), np.zeros((4, 4, 5), np.uint8), np.zeros(4, np.uint8)])
-def test_an_array_that_is_no_picture_is_refused(bright_model, array):
+@pytest.mark.parametrize(
+    "array", [np.zeros((4, 4)), np.zeros((4, 4, 5), np.uint8), np.zeros(4, np.uint8)]
+)
+def test_an_array_that_is_no_image_is_refused(bright_model, array):
     with pytest.raises(UserError, match="give uint8"):
         segment(bright_model, array, "bright")
 
 
-# ------------------------------------------------------------------------------------------------ the command
+def test_predictions_are_drawn_under_what_is_meant(bright_model, tmp_path):
+    dataset = open_dataset("scenes", "val", limit=3, side=bright_model.size)
+    draw_predictions(bright_model, dataset, tmp_path / "x.png")
+    assert read_image(tmp_path / "x.png").std() > 0
+
+
+def test_load_asks_for_the_device_that_is_there_and_gives_the_fast_path(monkeypatch, bright_model):
+    given = []
+    made_fast = []
+
+    def load_checkpoint(*asked):
+        given.append(asked)
+        return bright_model
+
+    def set_fast(model):
+        made_fast.append(model)
+        return model
+
+    monkeypatch.setattr(room, "load_checkpoint", load_checkpoint)
+    monkeypatch.setattr(room, "set_fast", set_fast)
+    assert room.load("x.pt", "w.pt", "cpu", 22) is bright_model
+    assert given == [("x.pt", "w.pt", torch.device("cpu"), 22)]
+    assert made_fast == [bright_model]
+
+
+# ----------------------------------------------------------------------------------------- command
 @pytest.fixture
 def run(bright_model, monkeypatch, tmp_path):
     """Run the command in an empty folder that holds photo.png, with the stub as its checkpoint."""
-    monkeypatch.setattr(room, "load_checkpoint", lambda path, weights=None, device="cpu", words=None: bright_model)
+    monkeypatch.setattr(room, "load_checkpoint", lambda *_: bright_model)
     monkeypatch.chdir(tmp_path)
-    write_picture("photo.png", photo())
+    write_png("photo.png", photo())
     return lambda *argv: room.main(["x.pt", "--device", "cpu", *argv])
 
 
@@ -109,53 +161,74 @@ def read(path):
 
 
 def test_the_command_writes_overlay_mask_and_probabilities(run, tmp_path, capsys):
-    run("--image", "photo.png", "--text", r"bright $\x$", "--mask", "m.png", "--probability", "deep/p.png")
-    assert set(np.unique(read("m.png"))) == {0, 255} and iou(read("m.png") > 0, BRIGHT) > 0.85
-    assert read("deep/p.png").shape == (HEIGHT, WIDTH) and len(np.unique(read("deep/p.png"))) > 2
-    assert len(np.unique(read_picture("overlay.png").reshape(-1, 3), axis=0)) > 3  # black, white, tint, and the legend
-    assert r"photo.png: 'bright $\\x$': 5" in capsys.readouterr().out  # half of the picture, and a little
+    files = ["--mask", "m.png", "--probability", "deep/p.png"]
+    run("--image", "photo.png", "--text", r"bright $\x$", *files)
+    assert set(np.unique(read("m.png"))) == {0, 255}
+    assert iou(read("m.png") > 0, BRIGHT) > 0.85
+    assert read("deep/p.png").shape == (HEIGHT, WIDTH)
+    assert len(np.unique(read("deep/p.png"))) > 2
+    colors = np.unique(read_image("overlay.png").reshape(-1, 3), axis=0)
+    assert len(colors) > 3  # black, white, tint, and the legend
+    # half of the image, and a little
+    assert r"photo.png: 'bright $\\x$': 5" in capsys.readouterr().out
 
 
-def test_several_sentences_give_numbered_masks_in_colours_of_their_own(run, tmp_path):
-    run("--image", "photo.png", "--text", "bright", "--text", "dark", "--mask", "m.png", "--out", "o.png")
-    assert iou(read("m_1.png") > 0, BRIGHT) > 0.85 and iou(read("m_2.png") > 0, ~BRIGHT) > 0.85
-    drawn = read_picture("o.png")
-    height, width = drawn.shape[0] // 4, drawn.shape[1]
-    # white under 55 % of orange #E69F00 (230, 159, 0); black under 55 % of sky blue #56B4E9 (86, 180, 233)
-    np.testing.assert_allclose(drawn[height, width // 4], [241, 202, 115], atol=2)
-    np.testing.assert_allclose(drawn[height, 3 * width // 4], [47, 99, 128], atol=2)
+def test_several_sentences_give_numbered_masks_in_colors_of_their_own(run, tmp_path):
+    files = ["--mask", "m.png", "--out", "o.png"]
+    run("--image", "photo.png", "--text", "bright", "--text", "dark", *files)
+    assert iou(read("m_1.png") > 0, BRIGHT) > 0.85
+    assert iou(read("m_2.png") > 0, ~BRIGHT) > 0.85
+    drawn = read_image("o.png")
+    y = drawn.shape[0] // 4
+    width = drawn.shape[1]
+    # white under 55 % of orange #E69F00 (230, 159, 0)
+    np.testing.assert_allclose(drawn[y, width // 4], [241, 202, 115], atol=2)
+    # black under 55 % of sky blue #56B4E9 (86, 180, 233)
+    np.testing.assert_allclose(drawn[y, 3 * width // 4], [47, 99, 128], atol=2)
 
 
 def test_nothing_found_is_an_empty_mask_and_is_said(run, capsys):
-    write_picture("photo.png", np.zeros((HEIGHT, WIDTH, 3), np.uint8))
+    write_png("photo.png", np.zeros((HEIGHT, WIDTH, 3), np.uint8))
     run("--image", "photo.png", "--text", "bright", "--mask", "m.png")
-    assert read("m.png").shape == (HEIGHT, WIDTH) and not read("m.png").any()
+    assert read("m.png").shape == (HEIGHT, WIDTH)
+    assert not read("m.png").any()
     assert "nothing found" in capsys.readouterr().out
 
 
 def test_a_long_sentence_is_cut_and_this_is_said(run, capsys):
-    run("--image", "photo.png", "--text", "bright one two three four five", "--text", "bright")
+    long = "bright one two three four five"
+    run("--image", "photo.png", "--text", long, "--text", "bright")
     assert "1 of the sentences are longer than 6 tokens" in capsys.readouterr().out
 
 
-def test_a_folder_of_pictures_gives_a_folder_of_results(run, tmp_path):
-    """What is no picture is passed over; two pictures of one stem keep their endings."""
+def test_a_folder_of_images_gives_a_folder_of_results(run, tmp_path):
+    """What is no image is passed over; two images of one stem keep their endings."""
     (tmp_path / "in").mkdir()
     for name in ("a.png", "a.jpg", "b.png"):
         Image.fromarray(photo()).save(tmp_path / "in" / name)
-    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    (tmp_path / "in" / "notes.txt").write_text("no image")
     run("--image", "in", "--text", "bright", "--mask", "masks", "--out", "drawn")
     for folder in ("masks", "drawn"):
-        assert sorted(path.name for path in (tmp_path / folder).iterdir()) == ["a.jpg.png", "a.png.png", "b.png"]
+        names = sorted(path.name for path in (tmp_path / folder).iterdir())
+        assert names == ["a.jpg.png", "a.png.png", "b.png"]
 
 
-def test_one_bad_picture_in_a_folder_is_said_before_anything_is_written(run, tmp_path):
+def test_one_bad_image_in_a_folder_is_said_before_anything_is_written(run, tmp_path):
     (tmp_path / "in").mkdir()
-    write_picture(tmp_path / "in" / "a.png", photo())
+    write_png(tmp_path / "in" / "a.png", photo())
     (tmp_path / "in" / "b.png").write_bytes(b"")
     with pytest.raises(SystemExit):
         run("--image", "in", "--text", "bright", "--out", "drawn")
     assert not (tmp_path / "drawn").exists()
+
+
+def test_bad_images_in_a_folder_can_be_skipped_and_are_counted(run, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    write_png(tmp_path / "in" / "a.png", photo())
+    (tmp_path / "in" / "b.png").write_bytes(b"")
+    run("--image", "in", "--text", "bright", "--out", "drawn", "--keep-going")
+    assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["a.png"]
+    assert "1 of 2 images, 1 skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -166,8 +239,9 @@ def test_one_bad_picture_in_a_folder_is_said_before_anything_is_written(run, tmp
         (["--image", "photo.png", "--text", "x", "--mask", "m.jpg"], "m.jpg"),
         (["--image", "photo.png", "--text", "x", "--threshold", "3"], "0 to 1"),
         (["--image", "broken.png", "--text", "x"], "broken.png"),
-        (["--image", "hollow", "--text", "x"], "hollow holds no picture"),
+        (["--image", "hollow", "--text", "x"], "hollow holds no image"),
         (["--image", "photo.png", "--text", "x", "--out", "photo.png/o.png"], "cannot be written"),
+        (["--image", "photo.png", "--text", "x", "--out", "./photo.png"], "written over"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(run, tmp_path, capsys, argv, says):
@@ -177,17 +251,13 @@ def test_what_is_wrong_is_said_in_one_line(run, tmp_path, capsys, argv, says):
     with pytest.raises(SystemExit) as stopped:
         run(*argv)
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and says in error and error.count("\n") == 1
+    assert stopped.value.code == 2
+    assert says in error
+    assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_real_photograph_keeps_its_size(refer_sample, bright_model):
-    item = open_dataset("refcoco", "testA", refer_sample)[0]
-    assert segment(bright_model, item.picture, item.sentences[0]).shape == item.mask.shape
-
-
-def test_load_asks_for_the_device_that_is_there_and_gives_the_fast_path(monkeypatch, bright_model):
-    given = []
-    monkeypatch.setattr(room, "load_checkpoint", lambda *asked: given.append(asked) or torch.nn.Sequential(Gate(8, 2)))
-    assert room.load("x.pt", "w.pt", "cpu", 22)[0].fast
-    assert given == [("x.pt", "w.pt", torch.device("cpu"), 22)]
+    sample = open_dataset("refcoco", "testA", refer_sample)[0]
+    mask = segment(bright_model, sample.image, sample.sentences[0])
+    assert mask.shape == sample.mask.shape

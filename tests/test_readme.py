@@ -1,34 +1,351 @@
-"""README's reading order, ledger and links say what is there."""
+"""The README and docs/ say what is there: links, commands, the tree, tests, shapes, figures."""
 
+import ast
+import json
 import re
+import shlex
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from clip_model import HERE
+import data
+import evaluate
+import predict
+import prepare
+import train
+from checkpoint import build_model
+from docs import draw_etris
+from experiments import benchmark, reproduce
+from toy import pretrain
+from utils.common import ROOT, Parser
+from utils.tokenizer import tokenize
 
-README = (HERE / "README.md").read_text(encoding="utf-8")
-TESTS = "\n".join(path.read_text(encoding="utf-8") for path in (HERE / "tests").glob("*.py"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in [
+        ROOT / "README.md",
+        ROOT / "weights" / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]
+}
+CODE = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for folder in ("", "methods", "toy", "experiments", "utils")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if path.name != "__init__.py"
+}
+COMMANDS = {
+    "train.py": train.main,
+    "evaluate.py": evaluate.main,
+    "predict.py": predict.main,
+    "prepare.py": prepare.main,
+    "data.py": data.main,
+    "experiments.reproduce": reproduce.main,
+    "experiments.benchmark": benchmark.main,
+    "toy.pretrain": pretrain.main,
+}
+NOT_OURS = {"venv", "FILE", "FOLDER.FILE"}  # python -m venv; placeholders
+GIVEN_UP = "## What was given up for readable code"
 
 
-def lines(path) -> int:
-    return len(path.read_text(encoding="utf-8").splitlines())
+# -------------------------------------------------------------------------------------- the README
+def test_the_readme_is_at_most_ten_kilobytes():
+    assert len(README.encode()) <= 10_000
 
 
-def test_the_reading_order_names_every_file_with_its_lines():
-    rows = dict(re.findall(r"^\| \w* \| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README, re.M))
-    assert {name: int(count) for name, count in rows.items()} == {path.name: lines(path) for path in HERE.glob("*.py")}
+def test_the_tree_lists_every_file_of_the_code_in_at_most_six_words():
+    rows = re.findall(r"^([\w/]+\.py) +(?:\d  )?(\S.*)$", README, re.M)
+    assert {path for path, _ in rows} == set(CODE)
+    for path, words in rows:
+        assert len(words.split()) <= 6, f"{path}: {words}"
 
 
-def test_the_book_is_as_long_as_it_says():
-    book = sum(lines(HERE / name) for name in ("clip_model.py", "etris.py", "data.py", "train.py"))
-    assert f"**The book** is four files, {book:,} lines" in README
+def test_the_readmes_python_gives_a_mask(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    [code] = re.findall(r"```python\n(.*?)```", README, re.S)
+    names = {}
+    exec(code, names)
+    assert names["mask"].dtype == bool
+    assert names["mask"].shape == names["image"].shape[:2]
+    assert names["mask"].any()
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(?:(?:tests/)?test_\w+\.py::)?(test_\w+)`", README))))
-def test_every_test_that_is_quoted_exists(name):
-    assert f"def {name}(" in TESTS
+# --------------------------------------------------------------------------------- links and names
+def heading_anchors(text):
+    """The anchors that GitHub gives to a page's headings."""
+    anchors = set()
+    for heading in re.findall(r"^#+ (.*)$", text, re.M):
+        heading = re.sub(r"[^\w\- ]", "", heading.lower())
+        anchors.add(heading.replace(" ", "-"))
+    return anchors
 
 
-def test_links_into_the_repository_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([\w/-]+[./][\w./-]*)(?:#[\w-]*)?\)", README):
-        assert (HERE / target).exists(), target
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_and_every_image_leads_somewhere(page):
+    prose = re.sub(r"```.*?```", "", PAGES[page], flags=re.S)
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose):
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in heading_anchors(file.read_text(encoding="utf-8")), target
+
+
+def test_every_page_of_docs_is_reached_from_the_readme():
+    reached = set(re.findall(r"\]\(docs/(\w+\.md)", README))
+    assert reached == {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_every_test_that_is_quoted_exists():
+    quoted = set(re.findall(r"`(test_\w+)`", "".join(PAGES.values())))
+    existing = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        existing |= set(re.findall(r"def (test_\w+)\(", path.read_text(encoding="utf-8")))
+    assert len(quoted) > 40
+    assert quoted <= existing, quoted - existing
+
+
+def test_every_file_that_is_quoted_exists():
+    for page, text in PAGES.items():
+        for name in re.findall(
+            r"`((?:tests|results|toy|methods|experiments|utils)/[^`\s]*)`", text
+        ):
+            assert (ROOT / name).exists(), f"{page}: {name}"
+
+
+def test_every_name_of_the_table_of_equations_is_in_the_code():
+    """`Bridge.zoom_in` is a class Bridge, and a zoom_in that is defined or set on self."""
+    code = "\n".join(CODE.values())
+    page = PAGES["docs/architecture.md"]
+    table = page[page.index("| paper | what") : page.index("## Looking inside")]
+    rows = [row.split("|") for row in table.strip().splitlines()[2:] if row.startswith("|")]
+    names = [name for row in rows for name in re.findall(r"`([\w./]+)`", row[3])]
+    assert len(names) > 25
+    for name in names:
+        if name in CODE:
+            continue
+        for part in name.split("."):
+            module = re.search(rf"(^|/){part}(\.py|/)", "\n".join(CODE), re.M)
+            defined = rf"(class|def) {part}\b|self\.{part}\b"
+            assert module or re.search(defined, code), name
+
+
+# ---------------------------------------------------------------------------------------- commands
+class Captured(Exception):
+    """Carries the parser out of a command that was about to parse."""
+
+
+def parser_of(main, monkeypatch):
+    def capture(parser, *args, **options):
+        raise Captured(parser)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parser, "parse_known_args", capture)
+        with pytest.raises(Captured) as caught:
+            main([])
+    return caught.value.args[0]
+
+
+def quoted_commands(text):
+    """Every `python …` and `torchrun …` of a page, as lists of words from the file on."""
+    text = text.split(GIVEN_UP)[0]
+    spans = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    lines = spans + [line for block in blocks for line in block.splitlines()]
+    for line in lines:
+        for command in line.split(" && "):
+            match = re.match(r"(?:python3? (?:-m )?|torchrun --nproc_per_node \w+ )(\S.*)", command)
+            if match:
+                yield shlex.split(match.group(1), comments=True)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_quoted_command_is_one_that_its_parser_takes(page, monkeypatch):
+    for name, *arguments in quoted_commands(PAGES[page]):
+        if name in NOT_OURS:
+            continue
+        if name.startswith(("tests/slow/", "docs.")):
+            path = ROOT / (name if name.endswith(".py") else name.replace(".", "/") + ".py")
+            source = path.read_text(encoding="utf-8")
+            for option in arguments:
+                assert not option.startswith("--") or f'"{option}"' in source, (name, option)
+            continue
+        parser = parser_of(COMMANDS[name], monkeypatch)
+        if "--help" in arguments:
+            continue
+        _, unknown = parser.parse_known_args(arguments)
+        if name == "experiments.reproduce":  # hands the options that it does not know to train.py
+            _, unknown = parser_of(train.main, monkeypatch).parse_known_args(unknown)
+            assert arguments[0] in reproduce.TABLES or arguments[0] == "counts", arguments
+        assert not unknown, (name, unknown)
+        if name == "train.py":
+            train.arguments(arguments)
+
+
+def test_every_option_that_is_named_alone_belongs_to_a_command(monkeypatch):
+    known = set()
+    for main in COMMANDS.values():
+        for action in parser_of(main, monkeypatch)._actions:
+            known |= set(action.option_strings)
+    for page, text in PAGES.items():
+        for option in re.findall(r"`(--[a-z-]+)[ `]", text.split(GIVEN_UP)[0]):
+            assert option in known, f"{page}: {option}"
+
+
+def test_every_option_has_a_help_text(monkeypatch):
+    for name, main in COMMANDS.items():
+        for action in parser_of(main, monkeypatch)._actions:
+            assert action.help, (name, action.dest)
+
+
+# ----------------------------------------------------------------------------------------- drawing
+def test_the_drawing_is_what_its_script_draws():
+    assert draw_etris.SVG.read_text(encoding="utf-8") == draw_etris.draw()
+    for part in draw_etris.PARTS:
+        assert "faded" in draw_etris.draw(part).split("</style>")[1]
+
+
+@pytest.fixture(scope="module", params=["tiny", "RN101"])
+def shapes(request):
+    """A model's name, and the shapes that its activations really have, without the batch."""
+    size = draw_etris.SHAPES[request.param]["image"][1]
+    model = build_model(request.param, size=size, weights="random", seed=0).eval()
+    seen = {}
+
+    def keep(name):
+        def hook(module, inputs, output):
+            seen[name] = output
+
+        return hook
+
+    bridge = model.bridger["0"]
+    hooks = [
+        bridge.register_forward_hook(keep("bridge")),
+        model.hierarchical_alignment.register_forward_hook(keep("hierarchical_alignment")),
+    ]
+    images = torch.zeros(1, 3, size, size)
+    tokens = tokenize(["the red circle"], model.max_tokens)
+    activations = model.activations(images, tokens)
+    for hook in hooks:
+        hook.remove()
+    visual, text = seen["bridge"][2]
+    seen = activations | {
+        "hierarchical_alignment": seen["hierarchical_alignment"],
+        "previous.visual": visual,
+        "previous.text": text,
+    }
+    with torch.no_grad():
+        seen["visual.stem"] = model.clip.visual.stem(images)
+        seen["text.stem"] = model.clip.stem(tokens)
+        maps, _, _ = model.encode(images, tokens)
+    seen["visual.head"] = maps[2]
+    for i in range(3):
+        seen[f"visual{i}"] = activations[f"visual{i}.after"]
+        seen[f"text{i}"] = activations[f"text{i}.after"]
+    seen["image"] = images
+    return request.param, {name: tuple(value.shape) for name, value in seen.items()}
+
+
+def test_the_drawings_shapes_are_the_models(shapes):
+    name, seen = shapes
+    for key, shape in draw_etris.SHAPES[name].items():
+        assert seen[key][1:] == shape, key
+
+
+def test_the_table_of_activations_has_the_models_keys_and_shapes(shapes):
+    name, seen = shapes
+    page = PAGES["docs/architecture.md"]
+    table = page[page.index("| key | shape") : page.index("## How the files")]
+    rows = [row.split("|") for row in table.strip().splitlines()[2:] if row.startswith("|")]
+    assert len(rows) == 9
+    for row in rows:
+        keys = re.findall(r"`([^`]+)`", row[1])
+        written = re.findall(r"\(([\d, ]+)\)", row[2])
+        wanted = [tuple(int(n) for n in shape.split(",")) for shape in written]
+        for number, key in enumerate(keys):
+            assert key in seen
+            if name == "RN101":
+                assert seen[key] == wanted[min(number, len(wanted) - 1)], key
+
+
+# ----------------------------------------------------------------------------------------- figures
+def test_the_results_are_those_of_the_records():
+    """Every 12.3 ± 4.5 of the results stands in a table of results/, which the commands write."""
+    records = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("results/*.md"))
+    text = PAGES["docs/results.md"]
+    text = (
+        text[: text.index("## Defaults that differ")] + text[text.index("## The paper's tables") :]
+    )
+    found = re.findall(r"[+−]?\d+\.\d\d ± \d+\.\d\d", text)
+    assert len(found) > 70
+    for figure in found:
+        assert figure.replace("−", "-").lstrip("+") in records, figure
+
+
+def test_the_question_is_the_one_of_the_record():
+    text = PAGES["docs/results.md"].replace("−", "-")
+    record = (ROOT / "results" / "question.md").read_text(encoding="utf-8")
+    gains = re.findall(r"^\| [\w, ]+ \| ([+-]\d+\.\d\d) \| (\S+) to (\S+) \|", record, re.M)
+    assert len(gains) == 9
+    for mean, low, high in gains:
+        assert f"| {mean} | {low} to {high} |" in text
+
+
+# ---------------------------------------------------------------------------------- own_data.md
+def own_data_script(heading):
+    page = PAGES["docs/own_data.md"]
+    section = page[page.index(heading) :]
+    code = re.search(r"```python\n(.*?)```", section, re.S).group(1)
+    ast.parse(code)
+    return code
+
+
+def photo(path):
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(path)
+
+
+def test_the_coco_script_writes_a_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo(Path("images/a.png"))
+    square = [10, 5, 30, 5, 30, 25, 10, 25]
+    annotation = {"id": 3, "image_id": 7, "category_id": 1, "segmentation": [square]}
+    annotation |= {"area": 400, "bbox": [10, 5, 20, 20], "iscrowd": 0}
+    content = {
+        "images": [{"id": 7, "file_name": "a.png", "height": 40, "width": 60}],
+        "categories": [{"id": 1, "name": "cup"}],
+        "annotations": [annotation],
+    }
+    Path("instances.json").write_text(json.dumps(content), encoding="utf-8")
+    exec(own_data_script("## From COCO-style JSON"), {})
+    [sample] = [data.open_dataset("mine", "train")[0]]
+    assert list(sample.sentences) == ["the cup"]
+    assert sample.mask.sum() == 20 * 20
+
+    annotation["segmentation"] = []
+    Path("instances.json").write_text(json.dumps(content), encoding="utf-8")
+    Path("mine").rename("old")
+    with pytest.raises(SystemExit, match="a box is not a mask"):
+        exec(own_data_script("## From COCO-style JSON"), {})
+
+
+def test_the_labelme_script_writes_a_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo(Path("labelme/a.jpg"))
+    shape = {"label": "the red cup", "points": [[10, 5], [30, 5], [30, 25], [10, 25]]}
+    note = {"imagePath": "a.jpg", "shapes": [shape | {"shape_type": "polygon"}]}
+    Path("labelme/a.json").write_text(json.dumps(note), encoding="utf-8")
+    exec(own_data_script("## From LabelMe"), {})
+    sample = data.open_dataset("mine", "train")[0]
+    assert list(sample.sentences) == ["the red cup"]
+    assert sample.mask.sum() == 21 * 21  # PIL draws the outline as well
+
+    note["shapes"] = [shape | {"shape_type": "rectangle"}]
+    Path("labelme/a.json").write_text(json.dumps(note), encoding="utf-8")
+    Path("mine").rename("old")
+    with pytest.raises(SystemExit, match="a rectangle, not a polygon"):
+        exec(own_data_script("## From LabelMe"), {})

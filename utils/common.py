@@ -6,6 +6,7 @@ import functools
 import os
 import platform
 import random
+import signal
 import struct
 import subprocess
 import sys
@@ -83,6 +84,9 @@ def command(main):
         except OSError as error:
             reason = error.strerror or error
             line = f"{error.filename or 'a file'}: {reason}: check the path and the free disk space"
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            raise SystemExit(130) from None
         except (MemoryError, torch.OutOfMemoryError) as error:
             reason = str(error).partition(". ")[0] or "out of memory"
             line = f"{reason}: lower --batch-size, --size or --limit, or raise --accumulate"
@@ -116,6 +120,30 @@ def integer(low=1, high=10**9):
 
 
 SEED = integer(0, 2**32 - 1)  # the range that numpy's and torch's generators accept
+
+
+# ----------------------------------------------------------------------------------------- signals
+class StopFlag:
+    """Set by Ctrl-C and SIGTERM; the loop looks at it after each step. Twice stops at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.requested = False
+        self.handlers = [signal.signal(kind, self.set) for kind in self.SIGNALS]
+
+    def set(self, signum, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def ignore_signals(self):
+        for kind in self.SIGNALS:
+            signal.signal(kind, signal.SIG_IGN)
+
+    def restore_handlers(self):
+        for kind, handler in zip(self.SIGNALS, self.handlers, strict=True):
+            signal.signal(kind, handler)
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -208,3 +236,19 @@ def provenance(seed: int, backbone: dict) -> dict:
         "seed": seed,
         "frozen": backbone,
     }
+
+
+def print_parameters(model):
+    """Print trainable and frozen parameter counts per module."""
+    rows = {}
+    for name, parameter in model.named_parameters():
+        module = name.split(".")[0]
+        trainable, frozen = rows.get(module, (0, 0))
+        if parameter.requires_grad:
+            trainable += parameter.numel()
+        else:
+            frozen += parameter.numel()
+        rows[module] = (trainable, frozen)
+    rows["all"] = tuple(sum(column) for column in zip(*rows.values(), strict=True))
+    for module, (trainable, frozen) in rows.items():
+        print(f"  {module:<24}{trainable:>14,} trainable{frozen:>14,} frozen")

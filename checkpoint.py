@@ -1,0 +1,345 @@
+"""Checkpoints: build a model from plain values, save and load what was trained, resume exactly.
+
+A checkpoint holds the trainable tensors, the values that rebuild the model (`config`) and the
+SHA-256 of the frozen backbone (`identity`), never the frozen tensors. `last.pt` also holds what a
+run needs to go on as if it had never stopped.
+"""
+
+import io
+import json
+import pickle
+import random
+import time
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from clip_model import load_clip
+from config import PRESETS
+from etris import build_etris
+from methods.barleria import build_barleria
+from methods.detris import ALIGNED_BLOCKS, build_detris, load_backbones
+from methods.peft import apply_tuning, parse_tuning
+from methods.published import NUMPY_TYPES, from_official, is_official
+from utils.common import READ_ERRORS, UserError, as_user_error, provenance, write_file
+
+VERSION = 2  # of the file's layout
+BUILDERS = {"etris": build_etris, "barleria": build_barleria, "detris": build_detris}
+LOAD_ERRORS = (*READ_ERRORS, RuntimeError, AttributeError, AssertionError, pickle.UnpicklingError)
+
+
+# ------------------------------------------------------------------------------------------- build
+def build_model(
+    backbone="tiny",
+    *,
+    system="etris",
+    tuning="bridger",
+    size=128,
+    max_tokens=17,
+    weights=None,
+    seed=0,
+    **options,
+) -> nn.Module:
+    """A model in training mode, from plain values that a checkpoint carries as `config`.
+
+    tuning: names of methods.peft.METHODS joined by +; without "bridger" ETRIS has no bridges.
+    weights: of the frozen backbone: a file, "random", or None for the shipped or official ones.
+    seed: of random weights. options: those of the system's own build function.
+    UserError for an unknown name, or for weights that do not fit.
+    """
+    if system not in BUILDERS:
+        raise UserError(f"unknown --system {system!r}: choose one of {', '.join(BUILDERS)}")
+    presets = PRESETS[system]
+    if backbone not in presets:
+        choices = ", ".join(presets)
+        raise UserError(f"--system {system} with --backbone {backbone}: choose one of {choices}")
+    names = parse_tuning(tuning)
+    if "bridger" not in names:
+        if system != "etris":
+            raise UserError(
+                f"--tuning {tuning}: {system} always trains its own modules: write bridger+{tuning}"
+            )
+        options["stages"] = ()
+    options = {"width": presets[backbone].width, **options}
+
+    if system == "detris":
+        backbones = load_backbones(backbone, weights, seed)
+        options = {**ALIGNED_BLOCKS[backbone], **options}
+    else:
+        backbones = [load_clip(backbone, weights, seed)]
+    check_max_tokens(backbones[0], max_tokens)
+    model = BUILDERS[system](*backbones, size, max_tokens, **options)
+    apply_tuning(model, names)
+
+    model.config = {
+        "backbone": backbone,
+        "system": system,
+        "tuning": "+".join(names),
+        "size": size,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        **options,
+        **model.options,  # the defaults of today, which a later version may change
+    }
+    if weights == "random":
+        model.config["weights"] = "random"
+    return model
+
+
+def check_max_tokens(clip, max_tokens):
+    """UserError where CLIP's text encoder has fewer positions than that."""
+    limit = clip.config.context_length
+    if not 3 <= max_tokens <= limit:
+        raise UserError(f"--words {max_tokens}: choose 3 to {limit}, the frozen CLIP's limit")
+
+
+# -------------------------------------------------------------------------------------------- load
+def read_checkpoint(path) -> dict:
+    """A checkpoint file's dict: ours, or one that the authors published. Runs no code from it.
+
+    UserError for a file that is no checkpoint, is damaged, or has another version.
+    """
+    if not Path(path).is_file():
+        raise UserError(
+            f"{path}: no such checkpoint: `python train.py --out DIR` writes one, DIR/best.pt"
+        )
+    remedy = "give another checkpoint file"
+    with as_user_error(path, remedy, LOAD_ERRORS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # the authors' files hold a few numbers of numpy's beside the tensors
+        with torch.serialization.safe_globals(NUMPY_TYPES):
+            file = torch.load(path, map_location="cpu", weights_only=True)
+    if is_official(file):
+        return file
+    if not isinstance(file, dict) or not {"version", "config", "tuned"} <= set(file):
+        raise UserError(f"{path}: holds no checkpoint, ours or the authors': give another file")
+    if file["version"] != VERSION:
+        raise UserError(
+            f"{path}: checkpoint version {file['version']}, this code reads {VERSION}: train again"
+        )
+    return file
+
+
+def load_checkpoint(path, weights=None, device="cpu", max_tokens=None) -> nn.Module:
+    """A checkpoint file, ours or published → the model in evaluation mode on `device`, plain path.
+
+    weights: the frozen backbone's file, where it is neither shipped nor in the cache. It must be
+    the one that the checkpoint was trained on (SHA-256). max_tokens: where a sentence is cut; a
+    published checkpoint of RefCOCOg was trained with 22, not 17.
+    """
+    file = read_checkpoint(path)
+    try:
+        if is_official(file):
+            model = from_official(file)
+        else:
+            model = build_from_file(file, path, weights)
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
+    if max_tokens:
+        check_max_tokens(model.backbone, max_tokens)
+        model.max_tokens = max_tokens
+    return model.eval().to(device)
+
+
+def build_from_file(file, path, weights) -> nn.Module:
+    """The model that a checkpoint of ours describes, with its trained tensors."""
+    config = file["config"]
+    with as_user_error(path, "it is damaged: give another file", (*LOAD_ERRORS, ZeroDivisionError)):
+        if weights:
+            config = {**config, "weights": str(weights)}
+        model = build_model(**config)
+        count = sum(x.numel() for x in file["tuned"].values())
+        restore_trainable(model, file, path)
+    identity = model.backbone.identity
+    print(
+        f"{Path(path).name}: {count:,} trained parameters; frozen backbone: {identity['name']}, "
+        f"{identity['weights']}"
+    )
+    return model
+
+
+def restore_trainable(model, file, path):
+    """Copy a checkpoint's tensors into the model. UserError where they do not belong to it."""
+    theirs = file["identity"]
+    ours = model.backbone.identity
+    if theirs["sha256"] != ours["sha256"]:
+        raise UserError(
+            f"{path}: was trained on a frozen {theirs['name']} {theirs['sha256'][:12]}…, this one "
+            f"is {ours['name']} {ours['sha256'][:12]}…: give its --weights FILE"
+        )
+    stored = file["tuned"]
+    expected = model.trainable_state_dict()
+    wrong = set(stored) ^ set(expected)
+    for name in set(stored) & set(expected):
+        if stored[name].shape != expected[name].shape or not stored[name].isfinite().all():
+            wrong.add(name)
+    if wrong:
+        raise UserError(
+            f"{path}: {len(wrong)} tensors do not fit this model or are not finite, "
+            f"{min(wrong)} first: give another file"
+        )
+    model.load_state_dict(stored, strict=False)
+
+
+# -------------------------------------------------------------------------------------------- save
+@dataclass
+class TrainState:
+    """Where a run stands."""
+
+    epoch: int = 0  # finished epochs
+    batch_in_epoch: int = 0
+    global_step: int = 0
+    best_miou: float = -1.0  # on val
+    running_loss: float = 0.0  # summed over the epoch's batches
+    minutes: float = 0.0  # before the process that runs now
+    started: float = field(default_factory=time.time)
+
+    def total_minutes(self) -> float:
+        return self.minutes + (time.time() - self.started) / 60
+
+    def count_step(self, loss: float):
+        self.batch_in_epoch += 1
+        self.global_step += 1
+        self.running_loss += loss
+
+    def next_epoch(self):
+        self.epoch += 1
+        self.batch_in_epoch = 0
+        self.running_loss = 0.0
+
+
+def save_checkpoint(path, model, args, training=None):
+    """Write a checkpoint whole or not at all. Without `training` it holds a model to share."""
+    tensors = {name: x.detach().cpu() for name, x in model.trainable_state_dict().items()}
+    broken = [name for name, x in tensors.items() if not x.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"{path} is not written: {broken[0]} is not finite any more: lower --lr, or --amp off"
+        )
+    file = {
+        "version": VERSION,
+        "system": model.system,
+        "config": model.config,
+        "tuned": tensors,
+        "identity": model.backbone.identity,
+        "args": vars(args),
+        "training": training,
+    }
+    buffer = io.BytesIO()
+    torch.save(file, buffer)
+    write_file(path, buffer.getbuffer())
+
+
+def save_training(path, model, optimizer, scheduler, scaler, state, args):
+    """Write `last.pt`: the model and all that a run needs to go on exactly."""
+    training = {
+        "state": {**asdict(state), "minutes": state.total_minutes()},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "scaler": scaler.state_dict(),
+        "random": random_states(),
+    }
+    save_checkpoint(path, model, args, training)
+
+
+def random_states() -> dict:
+    """The states of all random generators, as plain numbers and tensors."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, keys.tolist(), position, has_gauss, gauss],
+        "python": list(random.getstate()[1]),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
+
+
+def set_random_states(states):
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    random.setstate((3, tuple(states["python"]), None))
+    torch.set_rng_state(states["torch"])
+    torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
+
+
+# ------------------------------------------------------------------------------------------ resume
+def resume_training(path, model, optimizer, scheduler, scaler, args) -> TrainState:
+    """Go on where `path` stood: everything as if the run had never stopped.
+
+    Learning rates, schedule and betas are those of today's command line. UserError where the
+    checkpoint belongs to another model, data set or batch size.
+    """
+    file = read_checkpoint(path)
+    if not file.get("training"):
+        raise UserError(
+            f"{path}: holds a model, not a run to continue: --resume takes a run's last.pt"
+        )
+    check_same_run(path, file["args"], args)
+    restore_trainable(model, file, path)
+
+    training = file["training"]
+    fresh = [(group["initial_lr"], group["betas"]) for group in optimizer.param_groups]
+    with as_user_error(path, "it is damaged: give another --resume", LOAD_ERRORS):
+        optimizer.load_state_dict(training["optimizer"])
+        scheduler.load_state_dict(training["scheduler"])
+        if training["scaler"]:  # empty unless the run was in fp16 until now
+            scaler.load_state_dict(training["scaler"])
+        set_random_states(training["random"])
+        state = TrainState(**{**training["state"], "started": time.time()})
+    # the loaded states carry the old command line's rates: set those of today's
+    factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+    scheduler.base_lrs = [initial_lr for initial_lr, _ in fresh]
+    for group, (initial_lr, betas) in zip(optimizer.param_groups, fresh, strict=True):
+        group["initial_lr"] = initial_lr
+        group["betas"] = betas
+        group["lr"] = initial_lr * factor
+    return state
+
+
+def check_same_run(path, theirs: dict, args):
+    """UserError where a setting that cannot change within a run has changed."""
+    names = ("backbone", "dataset", "system", "tuning", "size", "words", "seed", "batch_size")
+    for name in names:
+        before = theirs.get(name)
+        now = getattr(args, name)
+        if name == "dataset" and Path(now).is_dir():  # ./mine is mine, on another machine too
+            before = Path(before).resolve().name
+            now = Path(now).resolve().name
+        if before != now:
+            option = name.replace("_", "-")
+            raise UserError(
+                f"{path}: was trained with --{option} {before}, not {now}: give the same --{option}"
+            )
+
+
+# -------------------------------------------------------------------------------------- run folder
+def open_run_folder(args, model, processes=1):
+    """--out with args.json and the log's first line. A run that lies there is moved aside."""
+    out = Path(args.out)
+    if (out / "log.jsonl").exists() and not args.resume:
+        number = 1
+        while out.with_name(f"{out.name}-{number}").exists():
+            number += 1
+        aside = out.with_name(f"{out.name}-{number}")
+        out.rename(aside)
+        print(f"{out} held a run: moved to {aside} (--resume continues a run)")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n", encoding="utf-8")
+    if not (out / "log.jsonl").exists():
+        origin = provenance(args.seed, model.backbone.identity)
+        append_log(out, **origin, processes=processes)
+
+
+def append_log(out, **line):
+    with open(Path(out, "log.jsonl"), "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")

@@ -1,0 +1,525 @@
+"""The paper's tables: train their rows, in miniature or at full size, and print paper | here.
+
+    python -m experiments.reproduce table6 --seeds 3         tiny CLIP, drawn scenes, a laptop
+    python -m experiments.reproduce table6 --backbone RN101 --dataset refcoco --data data
+                                                             the same at full size, one GPU
+    python -m experiments.reproduce question                 does the Bridger help? paired over
+                                                             seeds, with an interval
+    python -m experiments.reproduce counts                   the paper's parameter counts, in
+                                                             seconds; nothing is trained
+
+Rows of a table share steps, batches, their order, the decoder's first weights and the test scenes
+(at full size each of the `systems` has its own preset). Each row uses the one of three learning
+rates that does best on val with the first seed. The model after the last step is tested; no best
+epoch is chosen.
+
+RESULTS/runs.json holds every run under the settings that decide it (not under the code, whose
+commit it names), so a run serves every table. An interrupted table goes on where it stood. What the
+paper prints as oIoU is its code's mIoU (docs/differences.md). Other options go to train.py.
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import train
+from checkpoint import TrainState, build_model, resume_training, save_training
+from config import SCENE_LIMITS
+from data import REFCOCO_FILES, TrainDataset, epoch_batches, open_dataset, to_device, train_loader
+from evaluate import evaluate, group_scores
+from experiments.tables import TABLES, Row, by_row, count_tuned, counts, differences, draw, report
+from methods.peft import parse_tuning
+from toy.scenes import FLAVOURS
+from utils.common import (
+    ROOT,
+    Parser,
+    StopFlag,
+    UserError,
+    as_user_error,
+    command,
+    integer,
+    pick_device,
+    pick_dtype,
+    provenance,
+    seed_all,
+    write_file,
+)
+
+VERSION = 1  # of the results files
+# of a run in miniature (150 s at most); at full size the preset's epochs decide
+STEPS = 600
+QUESTION_STEPS = 2000
+# in miniature: 600 steps of 16 gave 33.6 mIoU in the time in which 300 of 32 gave 29.8 (ETRIS)
+BATCH_SIZE = 16
+# in miniature; at full size the preset's only, for the tables are on val itself
+RATES = (6.67e-4, 2e-3, 6e-3)
+CACHE_BYTES = 2 * 2**30
+# the settings that decide a run's outcome, beside the row's own
+CONFIGURATION = (
+    "backbone",
+    "dataset",
+    "system",
+    "size",
+    "words",
+    "batch_size",
+    "accumulate",
+    "schedule",
+    "dropout",
+    "width",
+    "lr",
+    "bridge_lr",
+    "beta2",
+    "weights",
+    "limit",
+    "seed",
+    "steps",
+    "amp",
+)
+
+
+# --------------------------------------------------------------------------------------------- data
+@functools.cache
+def open_split(name, split, data, limit, side):
+    """A split, opened once for all rows: drawn scenes stay in memory."""
+    return open_dataset(name, split, data, limit, side)
+
+
+def open_splits(run_args) -> list:
+    """Train, val and test. RefCOCO's tables are on val (section 5.1)."""
+    test = "val" if run_args.dataset in REFCOCO_FILES else "test"
+    splits = []
+    for split in ("train", "val", test):
+        limit = run_args.limit
+        if limit is None and run_args.dataset in FLAVOURS:
+            limit = SCENE_LIMITS.get(split)
+        splits.append(open_split(run_args.dataset, split, run_args.data, limit, run_args.size))
+    return splits
+
+
+def data_hash(run_args) -> str:
+    """Tells changed data of one name apart: split sizes, the first and last object of each."""
+    digest = hashlib.sha256()
+    for split in open_splits(run_args):
+        for sample in (split[0], split[len(split) - 1]):
+            digest.update(f"{len(split)} {sample.sentences}".encode())
+            digest.update(sample.image.tobytes())
+            digest.update(sample.mask.tobytes())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------- what rows share
+class FrozenFeatureCache:
+    """What lies below the first bridge, computed once for each image and shared by all runs.
+
+    That is a frozen image encoder's stem and first stage. On a CPU only.
+    """
+
+    def __init__(self):
+        self.features = {}  # (backbone's SHA-256, image's hash) → the first stage's output
+        self.bytes = 0
+
+    @contextlib.contextmanager
+    def attached_to(self, model):
+        """Within it the model looks up its stem and first stage here, if nothing there learns."""
+        if not has_frozen_first_stage(model):
+            yield
+            return
+        visual = model.backbone.visual
+        sha256 = model.backbone.identity["sha256"]
+        stem = visual.stem
+        blocks = list(visual.stages[0])
+        forwards = [block.forward for block in blocks]
+
+        def first_stage(images):
+            x = stem(images)
+            for forward in forwards:
+                x = forward(x)
+            return x
+
+        def cached_stem(images):
+            return self.look_up(images, first_stage, sha256)
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(replaced(visual, "stem", cached_stem))
+            for block in blocks:
+                stack.enter_context(replaced(block, "forward", pass_through))
+            yield
+
+    @torch.no_grad()
+    def look_up(self, images, first_stage, sha256):
+        """images (B, 3, S, S) → the first stage's output, computed for images not seen before."""
+        keys = [(sha256, hash(image.numpy().tobytes())) for image in images]
+        new = [i for i, key in enumerate(keys) if key not in self.features]
+        # at least one goes through: a ViT's stem notes the size of its grid
+        outputs = first_stage(images[new or [0]])
+        computed = {}
+        for i, output in zip(new, outputs, strict=False):
+            computed[keys[i]] = output.clone()
+        found = [computed[key] if key in computed else self.features[key] for key in keys]
+        features = torch.stack(found)
+        if self.bytes < CACHE_BYTES:
+            self.features.update(computed)
+            self.bytes += sum(output.nbytes for output in computed.values())
+        if features.ndim == 4:
+            features = features.contiguous(memory_format=torch.channels_last)
+        return features
+
+
+def has_frozen_first_stage(model) -> bool:
+    """Whether an ETRIS on a CPU learns nothing below its first bridge."""
+    if model.system != "etris":
+        return False
+    visual = model.backbone.visual
+    below = [*visual.conv1.parameters(), *visual.stages[0].parameters()]
+    if hasattr(visual, "positional_embedding"):  # a ViT's; a ResNet has its own in the pool
+        below.append(visual.positional_embedding)
+    on_cpu = below[0].device.type == "cpu"
+    return on_cpu and not any(parameter.requires_grad for parameter in below)
+
+
+def pass_through(x):
+    return x
+
+
+@contextlib.contextmanager
+def replaced(module, name, function):
+    """Replace one method of one module, and put back what was there."""
+    before = vars(module).get(name)  # fast.py may have put its own there
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        delattr(module, name)
+        if before is not None:
+            setattr(module, name, before)
+
+
+# ------------------------------------------------------------------------------------------ one run
+def make_run_args(row, args, extra_args, rate=None, seed=0) -> argparse.Namespace:
+    """train.py's arguments for a run of this row."""
+    backbone = args.backbone
+    if row.backbones:
+        miniature, full_size = row.backbones
+        backbone = miniature if args.small else full_size
+    options = ["--backbone", backbone, "--dataset", args.dataset]
+    options += ["--system", row.system, "--tuning", row.tuning, "--seed", str(seed)]
+    if args.small:
+        options += ["--batch-size", str(BATCH_SIZE)]
+    options += extra_args
+    if row.width is not None:
+        options += ["--width", str(row.width)]
+    if rate is not None:
+        options += ["--lr", str(rate)]
+    run_args = train.arguments(options)
+    batches = epoch_batches(len(open_splits(run_args)[0]), run_args.batch_size, seed, epoch=0)
+    run_args.steps = args.steps or run_args.epochs * len(batches)
+    return run_args
+
+
+@functools.cache
+def backbone_hash(system, backbone, weights, size, seed) -> str:
+    model = build_model(backbone, system=system, weights=weights, size=size, seed=seed)
+    return model.backbone.identity["sha256"]
+
+
+def configuration(run_args, row) -> dict:
+    """All that decides a run's outcome. Two rows with the same configuration are the same run."""
+    config = {name: getattr(run_args, name) for name in CONFIGURATION}
+    config["tuning"] = "+".join(parse_tuning(run_args.tuning))
+    config["frozen"] = backbone_hash(
+        run_args.system,
+        run_args.backbone,
+        run_args.weights,
+        run_args.size,
+        run_args.seed if run_args.weights == "random" else 0,
+    )
+    config["data"] = data_hash(run_args)
+    config.update(row.build)
+    return json.loads(json.dumps(config))  # as a file gives it back: tuples are lists
+
+
+def run_once(run_args, row, bar, cache, stop) -> dict:
+    """Train and test one configuration → what results files keep of it."""
+    device, _ = pick_device(run_args.device)
+    dtype, _ = pick_dtype(device, run_args.amp)
+    if run_args.workers is None:
+        run_args.workers = 4 if device.type == "cuda" else 0
+    train_set, val_set, test_set = open_splits(run_args)
+    seed_all(run_args.seed)
+    model = train.make_model(run_args, device, **row.build)
+    seed_all(run_args.seed)  # the same dropout, whatever was built
+    with cache.attached_to(model):
+        state = train_model(run_args, model, train_set, device, dtype, bar, stop)
+        seconds = 60 * state.total_minutes()
+        val, _ = evaluate_run(run_args, model, val_set, device, dtype)
+        result, rows = evaluate_run(run_args, model, test_set, device, dtype)
+    return {
+        **provenance(run_args.seed, model.backbone.identity),
+        "steps": run_args.steps,
+        "rate": run_args.lr,
+        "seconds": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+        "tuned": count_tuned(model),
+        "tuned_encoders": count_tuned(model, encoders=True),
+        **result,
+        "val": val,
+        "kinds": group_scores(rows, "kind") if "kind" in rows[0] else {},
+    }
+
+
+def train_model(run_args, model, train_set, device, dtype, bar, stop) -> TrainState:
+    """train.py's loop without validation. Ctrl-C saves the run after the step that is running."""
+    optimizer = train.make_optimizer(model, run_args, device)
+    scheduler = train.make_scheduler(optimizer, run_args.schedule, run_args.steps)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+    state = TrainState()
+    last = Path(run_args.out, "last.pt")
+    if last.exists():
+        state = resume_training(last, model, optimizer, scheduler, scaler, run_args)
+        bar.update(state.global_step)
+
+    samples = TrainDataset(train_set, run_args.size, run_args.words, run_args.seed)
+    while state.global_step < run_args.steps:
+        model.train()
+        loader = train_loader(
+            samples,
+            run_args.batch_size,
+            state.epoch,
+            start=state.batch_in_epoch,
+            workers=run_args.workers,
+            device=device,
+        )
+        for batch in loader:
+            batch = to_device(batch, device)
+            loss = train.train_step(model, batch, optimizer, scaler, dtype, run_args.accumulate)
+            train.check_numbers(loss, scaler, state, batch)
+            scheduler.step()
+            state.count_step(loss)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+            if stop.requested or state.global_step == run_args.steps:
+                break
+        else:
+            state.next_epoch()
+        if stop.requested:
+            break
+    save_training(last, model, optimizer, scheduler, scaler, state, run_args)
+    if stop.requested:
+        raise Stopped(f"at step {state.global_step:,}")
+    return state
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM: what was done is saved."""
+
+
+def evaluate_run(run_args, model, dataset, device, dtype) -> tuple[dict, list]:
+    return evaluate(
+        model,
+        dataset,
+        device,
+        batch_size=2 * run_args.batch_size,
+        dtype=dtype,
+        workers=run_args.workers,
+        progress=False,
+    )
+
+
+# ------------------------------------------------------------------------------------------ results
+def read_results(path) -> dict:
+    """A results file, or an empty one; UserError for another version, which is left alone."""
+    if not path.exists():
+        return {"version": VERSION, "runs": {}}
+    with as_user_error(path, "it is no results file: move it away"):
+        file = json.loads(path.read_text(encoding="utf-8"))
+        version = file["version"]
+    if version != VERSION:
+        remedy = "move it away or give another --results"
+        raise UserError(f"{path}: version {version}, this code writes {VERSION}: {remedy}")
+    return file
+
+
+def write_results(path, file):
+    write_file(path, json.dumps(file, indent=1).encode())
+
+
+class Results:
+    """Every run by its configuration, in RESULTS/runs.json; .unfinished/ holds a stopped one."""
+
+    def __init__(self, folder, stop):
+        self.path = folder / "runs.json"
+        self.file = read_results(self.path)
+        self.cache = FrozenFeatureCache()
+        self.stop = stop
+
+    def get(self, row, run_args, bar) -> dict:
+        """The run of that row with these arguments: looked up, or done now."""
+        runs = self.file["runs"]
+        config = configuration(run_args, row)
+        key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+        if key in runs:
+            bar.update(run_args.steps)
+            return runs[key]
+        folder = self.path.with_name(".unfinished") / key
+        run_args.out = str(folder)
+        bar.set_description(f"{row.name}, rate {run_args.lr:g}, seed {run_args.seed}")
+        run = run_once(run_args, row, bar, self.cache, self.stop)
+        runs[key] = {**run, "config": config}
+        write_results(self.path, self.file)
+        shutil.rmtree(folder)
+        if self.stop.requested:
+            raise Stopped("after a finished run")
+        return runs[key]
+
+
+# ------------------------------------------------------------------------------------------- tables
+def run_table(name, args, extra_args, stop):
+    """Every row at its best rate and with every seed; the table is written after each row."""
+    rows = choose_rows(name, args.rows)
+    results = Results(args.results, stop)
+    rates = {row.name: rates_of(row, args, extra_args) for row in rows}
+    total_steps = 0
+    for row in rows:
+        run_count = len(rates[row.name]) + args.seeds - 1
+        total_steps += run_count * make_run_args(row, args, extra_args).steps
+
+    runs = []
+    with tqdm(total=total_steps, unit="step", dynamic_ncols=True) as bar:
+        for row in rows:
+            # the rate that does best on val with the first seed
+            tried = []
+            for rate in rates[row.name]:
+                run_args = make_run_args(row, args, extra_args, rate, seed=0)
+                tried.append(results.get(row, run_args, bar))
+            best = max(tried, key=lambda run: run["val"]["mIoU"])
+            # the other seeds at that rate
+            runs.append({"row": row.name, **best})
+            for seed in range(1, args.seeds):
+                run_args = make_run_args(row, args, extra_args, best["rate"], seed)
+                runs.append({"row": row.name, **results.get(row, run_args, bar)})
+            write_table(name, args, runs)
+
+
+def rates_of(row, args, extra_args) -> list[float]:
+    """The three to choose from; only one at full size, or where the command line gives it."""
+    is_given = any(option.split("=")[0] == "--lr" for option in extra_args)
+    if args.small and not is_given:
+        return list(RATES)
+    return [make_run_args(row, args, extra_args).lr]
+
+
+def choose_rows(name, wanted) -> list[Row]:
+    """The rows of a table with these names, in its order; all where none is given."""
+    _, rows = TABLES[name]
+    if not wanted:
+        return list(rows)
+    known = [row.name for row in rows]
+    for row in wanted:
+        if row not in known:
+            raise UserError(f"{name} has no row {row!r}: choose of {'; '.join(known)}")
+    return [row for row in rows if row.name in wanted]
+
+
+def table_path(name, args) -> Path:
+    """RESULTS/table6.json; RESULTS/table6-RN101-refcoco.json for another backbone or dataset."""
+    if (args.backbone, args.dataset) != ("tiny", "scenes"):
+        name = f"{name}-{args.backbone}-{Path(args.dataset).name}"
+    return args.results / f"{name}.json"
+
+
+def write_table(name, args, runs):
+    """The table's .json, .md and .png: these runs, and comparable rows of an earlier call."""
+    path = table_path(name, args)
+    title, rows = TABLES[name]
+    order = [row.name for row in rows]
+    before = read_results(path)
+    runs = list(runs)
+    new_rows = by_row(runs)
+    has_own_presets = name == "systems" and not args.small
+    for run in before["runs"]:
+        is_kept = run["row"] in order and run["row"] not in new_rows
+        if is_kept and comparable(run, runs[0], has_own_presets):
+            runs.append(run)
+    runs.sort(key=lambda run: order.index(run["row"]))
+
+    file = {"version": VERSION, "table": name, "runs": runs}
+    if name == "question" and len(by_row(runs)) == 2:
+        file["difference"] = differences(runs)
+    if "costs" in before:  # of systems.json, measured by an earlier version
+        file["costs"] = before["costs"]
+    write_results(path, file)
+    write_file(path.with_suffix(".md"), report(file).encode())
+    draw(title, runs, path.with_suffix(".png"))
+
+
+def comparable(run, other, has_own_presets) -> bool:
+    """Whether two runs may stand in one table: the same data, and the same work."""
+    names = ["data", "dataset"]
+    if not has_own_presets:
+        names += ["steps", "size", "batch_size"]
+    return all(run["config"][name] == other["config"][name] for name in names)
+
+
+# ------------------------------------------------------------------------------------- command line
+def arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
+    """Our own arguments, completed, and those for train.py."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join([*TABLES, "counts"])
+    parser.add_argument("table", metavar="TABLE", help=names)
+    parser.add_argument("--seeds", type=integer(), help="runs of each row (3; question: 5)")
+    parser.add_argument(
+        "--steps", type=integer(), help=f"in miniature ({STEPS}; question: {QUESTION_STEPS})"
+    )
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
+    parser.add_argument("--backbone", default="tiny", help="tiny: in miniature (tiny)")
+    parser.add_argument("--dataset", default="scenes", help="as train.py's (scenes)")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "results", metavar="DIR", help="where (results)"
+    )
+    args, extra_args = parser.parse_known_args(argv)
+    if args.table != "counts" and args.table not in TABLES:
+        raise UserError(f"unknown table {args.table!r}: choose one of {names}")
+    for option in extra_args:
+        if option.split("=")[0] in ("--seed", "--system", "--tuning"):
+            remedy = "choose by --rows and --seeds"
+            raise UserError(f"{option}: the table's rows and seeds decide that: {remedy}")
+    is_question = args.table == "question"
+    args.seeds = args.seeds or (5 if is_question else 3)
+    args.small = args.backbone.startswith("tiny")
+    if args.small:
+        args.steps = args.steps or (QUESTION_STEPS if is_question else STEPS)
+    return args, extra_args
+
+
+@command
+def main(argv=None):
+    args, extra_args = arguments(argv)
+    if args.table == "counts":
+        print(counts())
+        return
+    # mistakes show before anything is trained
+    make_run_args(choose_rows(args.table, args.rows)[0], args, extra_args)
+    path = table_path(args.table, args)
+    read_results(path)
+
+    stop = StopFlag()
+    try:
+        run_table(args.table, args, extra_args, stop)
+    except Stopped as stopped:
+        print(f"\nstopped {stopped}; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        stop.restore_handlers()
+    print(report(read_results(path)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Figures as PNG files: overlays, contact sheets, training curves, scores by group.
+
+matplotlib is imported where a figure is drawn: it is slow to import, and most commands draw none.
+"""
+
+import io
+import json
+import textwrap
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from utils.common import write_file
+
+# Okabe and Ito's colors, which color-blind readers tell apart
+COLORS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
+DIGIT_COLUMNS = [*map(str, range(10)), "no digit", "nothing"]
+
+
+def label(text, width) -> str:
+    """A sentence for a figure: wrapped at `width`, at most 300 characters, all printable."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    if len(text) > 300:
+        text = text[:299] + "…"
+    return textwrap.fill(text, width)
+
+
+def png(figure, **options) -> bytes:
+    """The figure as the bytes of a PNG. What matplotlib's font lacks, such as emoji, is a box."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(buffer, format="png", **options)
+    return buffer.getvalue()
+
+
+def write_png(path, array):
+    """Write uint8 (H, W) or (H, W, 3) as a PNG; bool (H, W) becomes 0 and 255."""
+    if array.dtype == bool:
+        array = array.astype(np.uint8) * 255
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, "PNG")
+    write_file(path, buffer.getvalue())
+
+
+def overlay(image, masks, sentences) -> bytes:
+    """The image with each mask in its own color and a legend below, as the bytes of a PNG.
+
+    image: uint8 (H, W, 3); masks: one bool (H, W) per sentence.
+    """
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    blended = image.astype(float) / 255
+    handles = []
+    for number, (mask, sentence) in enumerate(zip(masks, sentences, strict=True)):
+        color = COLORS[number % len(COLORS)]
+        blended[mask] = 0.45 * blended[mask] + 0.55 * np.array(to_rgb(color))
+        text = label(sentence, 60)
+        if not mask.any():
+            text += " (nothing found)"
+        handles.append(Patch(color=color, label=text))
+
+    height, width, _ = image.shape
+    inches = 8 / max(height, width)
+    figure = Figure((max(width * inches, 1), max(height * inches, 1)), dpi=120)
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.imshow(blended)
+    axis.axis("off")
+    legend = axis.legend(
+        handles=handles,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.01),
+        frameon=False,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in a sentence is a $
+    return png(figure, bbox_inches="tight")
+
+
+def contact_sheet(samples, out):
+    """Write a PNG: four images in a row, their objects outlined, their sentences below."""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(samples) // 4)
+    figure = Figure((13, 3.4 * rows), dpi=100)
+    for number, sample in enumerate(samples, start=1):
+        axis = figure.add_subplot(rows, 4, number)
+        axis.imshow(sample.image)
+        # two outlines, to be seen on any color
+        axis.contour(sample.mask, [0.5], colors=["black"], linewidths=[3])
+        axis.contour(sample.mask, [0.5], colors=["white"], linewidths=[1])
+        axis.text(
+            0.5,
+            -0.03,
+            "\n".join(label(sentence[:44], 44) for sentence in sample.sentences[:4]),
+            fontsize=8,
+            ha="center",
+            va="top",
+            transform=axis.transAxes,
+            parse_math=False,
+        )
+        axis.axis("off")
+    write_file(out, png(figure, bbox_inches="tight"))
+
+
+def draw_curves(out):
+    """Write OUT/curves.png from OUT/log.jsonl: the loss and the val metrics after each epoch."""
+    from matplotlib.figure import Figure
+
+    text = Path(out, "log.jsonl").read_text(encoding="utf-8")
+    epochs = {}  # by step: a resumed run may have logged an epoch twice
+    for line in text.splitlines():
+        epoch = json.loads(line)
+        if "loss" in epoch:
+            epochs[epoch["step"]] = epoch
+    steps = list(epochs)
+    epochs = list(epochs.values())
+
+    figure = Figure((9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(steps, [epoch["loss"] for epoch in epochs], "o-", color=COLORS[5])
+    left.set(xlabel="step", ylabel="text-to-pixel loss, mean of the epoch", ylim=(0, None))
+    for key, color, marker in (("oIoU", 4, "o"), ("mIoU", 3, "s"), ("Pr@0.5", 2, "^")):
+        values = [epoch["val"][key] for epoch in epochs]
+        right.plot(steps, values, f"{marker}-", label=key, color=COLORS[color])
+    right.set(xlabel="step", ylabel="val, percent", ylim=(0, 100))
+    right.legend()
+    write_file(Path(out, "curves.png"), png(figure, dpi=120))
+
+
+def draw_pairs(samples, predictions, path):
+    """Write a PNG: each sample's first sentence and mask above, what a model predicts below.
+
+    predictions: one bool (H, W) per sample.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure((2.6 * len(samples), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(samples), squeeze=False)
+    for column, (sample, prediction) in enumerate(zip(samples, predictions, strict=True)):
+        draw_mask(axes[0, column], sample.image, sample.mask, sample.sentences[0])
+        draw_mask(axes[1, column], sample.image, prediction, "predicted")
+    write_file(path, png(figure, dpi=90))
+
+
+def draw_mask(axis, image, mask, title):
+    """Draw an image on a matplotlib axis, with the mask tinted and a title above."""
+    tint = np.ma.masked_equal(mask, False)
+    axis.imshow(image)
+    axis.imshow(tint, cmap="spring", alpha=0.6, interpolation="nearest")
+    axis.set_title(label(title, 32), fontsize=8, parse_math=False)
+    axis.axis("off")
+
+
+def draw_groups(by, groups, path):
+    """Write a figure of evaluate.group_scores: mIoU per group, or how digits are confused."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((6, 4.5), layout="constrained")
+    axis = figure.subplots()
+    if by == "digits":
+        draw_confusion(axis, groups)
+    else:
+        values = [scores["mIoU"] for scores in groups.values()]
+        bars = axis.bar(list(groups), values, color=COLORS[5])
+        counts = [f"{scores['sentences']:,}" for scores in groups.values()]
+        axis.bar_label(bars, counts, fontsize=8)
+        axis.set(xlabel=by, ylabel="mIoU, percent", ylim=(0, 105))
+        axis.set(title="above the bars: sentences")
+    write_file(path, png(figure, dpi=110))
+
+
+def draw_confusion(axis, groups):
+    """A row per digit asked for, a column per digit found, with the number of sentences."""
+    counts = [[found.get(name, 0) for name in DIGIT_COLUMNS] for found in groups.values()]
+    counts = np.array(counts)
+    shares = counts / counts.sum(1, keepdims=True)
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (y, x), count in np.ndenumerate(counts):
+        if count:
+            axis.text(x, y, count, ha="center", va="center", fontsize=8, color="orange")
+    axis.set_xticks(range(len(DIGIT_COLUMNS)), DIGIT_COLUMNS, rotation=45)
+    axis.set_yticks(range(len(groups)), list(groups))
+    axis.set(xlabel="found", ylabel="asked for", title="sentences that name a digit")
