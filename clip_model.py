@@ -380,7 +380,7 @@ def build_clip(state: dict, source="these weights", name: str | None = None) -> 
 
     UserError, naming `source`, where `state` is no CLIP, or not of the shape that `name` has.
     """
-    errors = (LookupError, RuntimeError, ValueError, TypeError, AttributeError)
+    errors = (LookupError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError)
     remedy = "not a CLIP under OpenAI's names: give another --weights FILE"
     with as_user_error(source, remedy, errors):
         clip = CLIP(CLIPConfig.from_state_dict(state))

@@ -16,14 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
 from clip_model import PIXEL_MEAN, PIXEL_STD
 from toy.scenes import FLAVOURS, SPLITS, Scenes
 from utils.common import READ_ERRORS, SEED, Parser, UserError, as_user_error, command, integer
-from utils.images import decode_segmentation, read_image, to_mask
+from utils.images import decode_segmentation, read_image, resize, to_mask
 from utils.plots import contact_sheet
 from utils.tokenizer import is_blank, tokenize
 
@@ -46,13 +45,10 @@ tokenize_cached = functools.lru_cache(maxsize=2**16)(tokenize)
 # ---------------------------------------------------------------------------------------- datasets
 @dataclass(frozen=True)
 class Sample:
-    """One object and the sentences that refer to it.
-
-    On disk, `image` is a path and `mask` a path or COCO's (segmentation, H, W); `load` reads both.
-    """
+    """One object and the sentences that refer to it; until `load`, its pixels are on disk."""
 
     image: np.ndarray | Path  # uint8 (H, W, 3)
-    mask: np.ndarray | Path | tuple  # bool (H, W)
+    mask: np.ndarray | Path | tuple  # bool (H, W), or COCO's (segmentation, H, W)
     sentences: tuple[str, ...]
     sent_ids: tuple[int, ...]
     ref_id: int
@@ -77,11 +73,11 @@ class Sample:
         image = read_image(self.image, exif=own_mask)  # COCO's masks belong to the pixels as stored
         mask = read_image(self.mask, convert=to_mask) if own_mask else None
         mask_size = mask.shape if own_mask else self.mask[1:]
-        if mask_size != image.shape[:2]:
-            sizes = f"height and width {mask_size}, but {self.image} has {image.shape[:2]}"
-            raise UserError(f"{mask_name}: {sizes}: draw or unpack it again")
-        if mask is None:
-            with as_user_error(mask_name, "draw or unpack it again"):
+        with as_user_error(mask_name, "draw or unpack it again"):
+            if mask_size != image.shape[:2]:
+                sizes = f"height and width {mask_size}, but {self.image} has {image.shape[:2]}"
+                raise ValueError(sizes)
+            if mask is None:
                 mask = decode_segmentation(*self.mask)
         return replace(self, image=image, mask=mask)
 
@@ -145,9 +141,8 @@ def read_samples(name, data, skipped=None) -> list[Sample] | None:
         return read_refer(name, data)
     if Path(name, "refs.jsonl").is_file():
         return read_folder(Path(name), skipped)
-    names = ", ".join([*FLAVOURS, *REFCOCO_FILES])
-    folder = f"a folder with refs.jsonl ({RECORD_FORMAT})"
-    raise UserError(f"no dataset {name!r}: choose {names}, or {folder}")
+    names = ", ".join([*FLAVOURS, *REFCOCO_FILES, f"or a folder with refs.jsonl ({RECORD_FORMAT})"])
+    raise UserError(f"no dataset {name!r}: choose {names}")
 
 
 def leave_out_evaluated(tables):
@@ -183,8 +178,8 @@ def select_split(name, split, samples, limit, side) -> list[Sample] | Scenes:
     if unknown:  # said now, not after an hour of training
         more = f"{min(unknown)} is missing, and {len(unknown) - 1:,} more images"
         raise UserError(f"{more}: get them with `python prepare.py {name} --data DIR`")
-    lost = f"{len(absent):,} images that prepare.py could not get"
-    print(f"{name} {split}: leaving out the refs of {lost}")
+    lost = f"the refs of {len(absent):,} images that prepare.py could not get"
+    print(f"{name} {split}: leaving out {lost}")
     return [sample for sample in samples if sample.image not in absent]
 
 
@@ -290,23 +285,16 @@ class Letterbox:
         H, W = self.original
         height = max(1, round(H * self.size / max(H, W)))
         width = max(1, round(W * self.size / max(H, W)))
-        top = (self.size - height) // 2
-        left = (self.size - width) // 2
-        return top, left, height, width
+        return (self.size - height) // 2, (self.size - width) // 2, height, width
 
     def pad(self, values, border) -> Tensor:
         """(C, height, width) → (C, S, S), around it `border` (C, 1, 1)."""
         top, left, height, width = self.rectangle
+        if height == width == self.size:
+            return values
         square = border.to(values.dtype).repeat(1, self.size, self.size)
         square[:, top : top + height, left : left + width] = values
         return square
-
-
-def resize(values, size, mode, antialias=True) -> Tensor:
-    """(C, H, W) → (C, *size); what has that size already stays bit for bit."""
-    if values.shape[1:] == size:
-        return values
-    return F.interpolate(values[None], size, mode=mode, antialias=antialias)[0]
 
 
 def letterbox(image, size) -> tuple[Tensor, Letterbox]:
@@ -327,8 +315,7 @@ def letterbox_mask(mask, box) -> Tensor:
 def unletterbox(maps, box) -> Tensor:
     """float (…, S, S) → (…, H, W): what lies in the rectangle, bicubic at the image's own size."""
     top, left, height, width = box.rectangle
-    inside = maps[..., top : top + height, left : left + width]
-    inside = inside.reshape(-1, height, width)
+    inside = maps[..., top : top + height, left : left + width].reshape(-1, height, width)
     inside = resize(inside, box.original, "bicubic", antialias=False)
     return inside.view(*maps.shape[:-2], *box.original)
 
@@ -401,7 +388,7 @@ def to_device(batch, device) -> dict:
     images = batch["image"].to(device, non_blocking=non_blocking)
     tokens = batch["tokens"].to(device, non_blocking=non_blocking)
     masks = batch["mask"].to(device, non_blocking=non_blocking)
-    images = normalize(images.contiguous(memory_format=torch.channels_last))
+    images = normalize(images).contiguous(memory_format=torch.channels_last)
     return batch | {"image": images, "tokens": tokens, "mask": masks.float() / 255}
 
 

@@ -213,18 +213,22 @@ def bridges(bridger):
     return lines
 
 
-def decoder(part):
-    """Hierarchical and global alignment, projector, and the two text features that enter them."""
+def alignment(part):
+    """Hierarchical alignment: three maps, after bridge 0, after bridge 1 and after the head."""
     lines = box(290, ALIGN_Y, HEAD_X + STAGE_WIDTH - 290, 44, part, "hierarchical alignment")
     lines.append(text(22, ALIGN_Y + 4, "decoder", "side"))
-    # three maps: after bridge 0, after bridge 1, after the head
     for x in STAGE_X[:2]:
         drop = x + STAGE_WIDTH + 88
         lines.append(arrow([(drop, VISUAL_Y), (drop, ALIGN_Y - 24)]))
     middle = HEAD_X + STAGE_WIDTH / 2
     lines.append(arrow([(middle, VISUAL_Y + 24), (middle, ALIGN_Y - 24)]))
     lines += both(middle - 40, VISUAL_Y + 62, "visual.head")
-    # the sentence enters hierarchical alignment and projector, the words global alignment
+    return lines
+
+
+def text_features():
+    """The sentence enters hierarchical alignment and projector, the words global alignment."""
+    lines = []
     right = HEAD_X + STAGE_WIDTH
     sentence_y = ALIGN_Y + 50
     words_y = ALIGN_Y + 74
@@ -254,8 +258,12 @@ def decoder(part):
     words = f"words {shape('RN101', 'words')} ({shape('tiny', 'words')})"
     lines.append(text(780, sentence_y - 6, sentence, "large"))
     lines.append(text(780, words_y - 6, words, "large"))
-    # the row below
-    lines.append(arrow([(320, ALIGN_Y + 22), (320, DECODER_Y - 26)]))
+    return lines
+
+
+def decoder(part):
+    """The lower row: global alignment, projector, mask."""
+    lines = [arrow([(320, ALIGN_Y + 22), (320, DECODER_Y - 26)])]
     lines += both(276, ALIGN_Y + 50, "hierarchical_alignment")
     lines += box(284, DECODER_Y, 132, 48, part, "global alignment", "3 layers")
     lines.append(arrow([(416, DECODER_Y), (508, DECODER_Y)]))
@@ -300,6 +308,8 @@ def draw(part=None):
     ]
     lines += encoders(clip)
     lines += bridges(bridger)
+    lines += alignment(head)
+    lines += text_features()
     lines += decoder(head)
     lines += legend()
     lines.append("</svg>")

@@ -224,6 +224,17 @@ SYSTEMS = (
     # the best of methods/peft.py in table 2 in miniature
     Row(name="CoOp, ViT", tuning="coop", backbones=VIT),
 )
+QUESTION = (
+    FIX_BACKBONE,
+    ETRIS,
+    # not in the paper: parts of the way closed (methods/arms.py)
+    Row(name="mute", tuning="bridger+mute"),
+    Row(name="text only", tuning="bridger+text-only"),
+    Row(name="image only", tuning="bridger+image-only"),
+    Row(name="text to image", tuning="bridger+text-to-image"),
+    Row(name="image to text", tuning="bridger+image-to-text"),
+    COOP,
+)
 TABLES = {
     "table2": ("Parameter-efficient tuning", TABLE2),
     "table4": ("Number and scope of Bridgers", TABLE4),
@@ -232,7 +243,7 @@ TABLES = {
     "table7": ("Width of the Bridger", TABLE7),
     "table8": ("With other methods", TABLE8),
     "systems": ("Three systems", SYSTEMS),
-    "question": ("Does the Bridger help?", (FIX_BACKBONE, ETRIS)),
+    "question": ("Does the Bridger help, and does it need to let anything cross?", QUESTION),
 }
 
 

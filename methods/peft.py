@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from clip_model import Attention, AttentionPool, Bottleneck, ResidualBlock
+from methods.arms import ARMS
 from methods.dinov2 import FusedAttention
 from utils.common import UserError
 
@@ -422,6 +423,7 @@ METHODS = {
     "zoom-linear": zoom_linear,
     "zoom-interpolate": zoom_interpolate,
     "zoom-mlp": zoom_mlp,
+    **ARMS,
 }
 
 

@@ -1,7 +1,8 @@
 """What `lesson.check` compares with. Try first; worked solutions are in solutions.md.
 
-One dict per notebook. An exercise has the right answer and typical wrong ones, each with the reason it is wrong. Where
-a function is to be written, `right` is one, and `on` lists the arguments both are tried with.
+One dict per notebook. An exercise has the right answer and typical wrong ones, each with the reason
+it is wrong. Where a function is to be written, `right` is one, and `on` lists the arguments both
+are tried with.
 """
 
 from dataclasses import dataclass
@@ -14,100 +15,251 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Exercise:
-    """right: a value or a function; wrong: pairs (answer, what is wrong with it); on: argument tuples of a function."""
+    """right: a value or a function. wrong: pairs (answer, why it is wrong). on: argument tuples."""
 
     right: object
-    wrong: tuple = ()
+    wrong: list
     on: tuple = ()
 
 
-def dice(*shape, seed=0):
+def randn(*shape, seed=0):
     """Random numbers that are the same everywhere, to try a function on."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+# ----------------------------------------------------------------------------------------- 01 CLIP
+def cosine_map(dense, sentence):
+    return F.cosine_similarity(dense, sentence[:, None, None], dim=0)
+
+
+def dot_product_map(dense, sentence):
+    return torch.einsum("ehw,e->hw", dense, sentence)
+
+
+def half_normalized_map(dense, sentence):
+    return dot_product_map(F.normalize(dense, dim=0), sentence)
+
+
 CLIP = {
-    "01 tokens": Exercise(9, (
-        (7, "the start and the end mark count too"),
-        (17, "17 is the length of the row; what is behind the end mark is padding"))),
-    "01 RN101 stage 1": Exercise((1024, 26, 26), (
-        ((512, 52, 52), "that is stage 0, layer2"),
-        ((256, 8, 8), "that is the tiny CLIP at 128 pixels; RN101 is four times as wide, 416 / 16 = 26"))),
-    "01 causal": Exercise({2, 3, 4, 5, 6, 7}, (
-        ({2}, "the words behind it have seen the changed word"),
-        (set(range(8)), "the start mark and “the” stand before the change: they never see it"))),
+    "01 tokens": Exercise(
+        right=9,
+        wrong=[
+            (7, "the start and the end mark count too"),
+            (17, "17 is the length of the row; what follows the end mark is padding"),
+        ],
+    ),
+    "01 RN101 stage 1": Exercise(
+        right=(1024, 26, 26),
+        wrong=[
+            ((512, 52, 52), "that is stage 0, layer2"),
+            (
+                (256, 8, 8),
+                "that is the tiny CLIP at 128 pixels; RN101 is four times as wide, 416 / 16 = 26",
+            ),
+        ],
+    ),
+    "01 causal": Exercise(
+        right={2, 3, 4, 5, 6, 7},
+        wrong=[
+            ({2}, "the words after it have seen the changed word"),
+            (
+                set(range(8)),
+                "the start mark and “the” stand before the change: they never see it",
+            ),
+        ],
+    ),
     "01 cosine map": Exercise(
-        lambda dense, sentence: F.cosine_similarity(dense, sentence[:, None, None], dim=0), (
-            (lambda dense, sentence: torch.einsum("ehw,e->hw", dense, sentence), "divide by both lengths"),
-            (lambda dense, sentence: torch.einsum("ehw,e->hw", F.normalize(dense, dim=0), sentence),
-             "the sentence has a length too: divide by it")),
-        ((dice(8, 3, 3), dice(8, seed=1)), (dice(4, 2, 5), 7 * dice(4, seed=2)))),
-    "01 places": Exercise(169, (
-        (13, "13 each way: that many rows, and as many columns"),
-        (170, "the mean token is left out: only places are compared"))),
-}  # fmt: skip
+        right=cosine_map,
+        wrong=[
+            (dot_product_map, "divide by both lengths"),
+            (half_normalized_map, "the sentence has a length too: divide by it"),
+        ],
+        on=(
+            (randn(8, 3, 3), randn(8, seed=1)),
+            (randn(4, 2, 5), 7 * randn(4, seed=2)),
+        ),
+    ),
+    "01 positions": Exercise(
+        right=169,
+        wrong=[
+            (13, "13 each way: that many rows, and as many columns"),
+            (170, "the mean token is left out: only pixel positions are compared"),
+        ],
+    ),
+}
 
 
-def zoomed(v, weight, shift=0):
+# -------------------------------------------------------------------------------------- 02 Bridger
+def zoom_in(v, weight, shift=0):
     """A 2 × 2 convolution with stride 2; with a shift, of the patches beside the right ones."""
     return F.conv2d(v.roll(shift, -1)[None], weight, stride=2)[0]
 
 
-def one_head(q, k, v, scale=True, over=-1):
-    """softmax(q kᵀ / √d) v, with two mistakes to choose from."""
-    return (q @ k.mT * (q.shape[-1] ** -0.5 if scale else 1)).softmax(over) @ v
+def zoom_in_by_one(v, weight):
+    return F.conv2d(v[None], weight)[0]
+
+
+def zoom_in_shifted(v, weight):
+    return zoom_in(v, weight, shift=1)
+
+
+def one_head(q, k, v):
+    """softmax(q kᵀ / √d) v."""
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    return scores.softmax(-1) @ v
+
+
+def one_head_unscaled(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def one_head_over_queries(q, k, v):
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    return scores.softmax(0) @ v
 
 
 BRIDGER = {
-    "02 zoom count": Exercise(524_288, (
-        (131_072, "a kernel of 2 × 2 has four cells: times 4"),
-        (524_352, "there is no bias"))),
-    "02 zoom in": Exercise(zoomed, (
-        (lambda v, weight: F.conv2d(v[None], weight)[0], "patches must not overlap: go in steps of 2"),
-        (lambda v, weight: zoomed(v, weight, 1), "the first patch starts at row 0, column 0")),
-        ((dice(3, 4, 4), dice(5, 3, 2, 2, seed=1)), (dice(2, 4, 6), dice(3, 2, 2, 2, seed=2)))),
-    "02 attention": Exercise(one_head, (
-        (lambda q, k, v: one_head(q, k, v, scale=False), "divide the scores by √d, or the softmax gets too sharp"),
-        (lambda q, k, v: one_head(q, k, v, over=0), "each asking place's weights add up to 1: softmax over the keys")),
-        ((dice(4, 8), dice(5, 8, seed=1), dice(5, 8, seed=2)), (dice(5, 2), dice(3, 2, seed=3), dice(3, 2, seed=4)))),
-    "02 attention shape": Exercise((4, 17, 676), (
-        ((4, 676, 17), "that is the other one, in which places ask words"),
-        ((4, 17, 26), "26 × 26 places are asked"))),
-    "02 not causal": Exercise(set(range(8)), (
-        ({6, 7}, "so it is without the Bridger; its attention among words is not causal"),
-        ({6}, "attention mixes words: the change travels"))),
-}  # fmt: skip
+    "02 zoom count": Exercise(
+        right=524_288,
+        wrong=[
+            (131_072, "a kernel of 2 × 2 has four cells: times 4"),
+            (524_352, "there is no bias"),
+        ],
+    ),
+    "02 zoom in": Exercise(
+        right=zoom_in,
+        wrong=[
+            (zoom_in_by_one, "patches must not overlap: go in steps of 2"),
+            (zoom_in_shifted, "the first patch starts at row 0, column 0"),
+        ],
+        on=(
+            (randn(3, 4, 4), randn(5, 3, 2, 2, seed=1)),
+            (randn(2, 4, 6), randn(3, 2, 2, 2, seed=2)),
+        ),
+    ),
+    "02 attention": Exercise(
+        right=one_head,
+        wrong=[
+            (one_head_unscaled, "divide the scores by √d, or the softmax gets too sharp"),
+            (one_head_over_queries, "each query's weights add up to 1: softmax over the keys"),
+        ],
+        on=(
+            (randn(4, 8), randn(5, 8, seed=1), randn(5, 8, seed=2)),
+            (randn(5, 2), randn(3, 2, seed=3), randn(3, 2, seed=4)),
+        ),
+    ),
+    "02 attention shape": Exercise(
+        right=(4, 17, 676),
+        wrong=[
+            ((4, 676, 17), "that is the other one, in which pixel positions attend to words"),
+            ((4, 17, 26), "26 × 26 pixel positions are attended to"),
+        ],
+    ),
+    "02 not causal": Exercise(
+        right=set(range(8)),
+        wrong=[
+            ({6, 7}, "so it is without the Bridger; its attention among words is not causal"),
+            ({6}, "attention mixes words: the change travels"),
+        ],
+    ),
+}
 
 
-def object_loss(z, mask):
-    """Equations 10 and 11 on one picture."""
+# ----------------------------------------------------------------------------- 03 decoder and loss
+def gate_factors(s, w_value, b_value, w_out, b_out):
+    value = w_value @ s + b_value
+    return w_out @ value + b_out
+
+
+def gate_without_bias(s, w_value, b_value, w_out, b_out):
+    return w_out @ (w_value @ s) + b_out
+
+
+def gate_in_wrong_order(s, w_value, b_value, w_out, b_out):
+    return w_value @ (w_out @ s + b_out) + b_value
+
+
+def gate_arguments(width):
+    """A sentence, then weight and bias of value and output."""
+    return (
+        randn(width),
+        randn(width, width, seed=1),
+        randn(width, seed=2),
+        randn(width, width, seed=3),
+        randn(width, seed=4),
+    )
+
+
+def image_loss(z, mask):
+    """Equations 10 and 11 on one image."""
     return F.binary_cross_entropy_with_logits(z, mask)
 
 
-TWO_PICTURES = ((dice(3, 3), (dice(3, 3, seed=1) > 0).float()), (3 * dice(2, 5), (dice(2, 5, seed=2) > 1).float()))
-GATE = tuple((dice(d), dice(d, d, seed=1), dice(d, seed=2), dice(d, d, seed=3), dice(d, seed=4)) for d in (3, 6))
+def summed_loss(z, mask):
+    return F.binary_cross_entropy_with_logits(z, mask, reduction="sum")
+
+
+def loss_of_the_object(z, mask):
+    return -(mask * z.sigmoid().log()).mean()
+
+
 DECODER = {
-    "03 never learn": Exercise(394_752, (
-        (393_216, "queries and keys have biases too"),
-        (197_376, "both what makes queries and what makes keys: twice that"))),
-    "03 gate": Exercise(lambda s, wv, bv, wo, bo: wo @ (wv @ s + bv) + bo, (
-        (lambda s, wv, bv, wo, bo: wo @ (wv @ s) + bo, "the value has a bias"),
-        (lambda s, wv, bv, wo, bo: wv @ (wo @ s + bo) + bv, "value first, then output")), GATE),
-    "03 kernel count": Exercise(2305, (
-        (2304, "the last number written is the bias"),
-        (4609, "512 is the decoder's width, the projector halves it"))),
-    "03 loss": Exercise(object_loss, (
-        (lambda z, mask: F.binary_cross_entropy_with_logits(z, mask, reduction="sum"), "equation 10 is the mean"),
-        (lambda z, mask: -(mask * z.sigmoid().log()).mean(), "the places beside the object count too")), TWO_PICTURES),
-    "03 target": Exercise(0.75, (
-        (0, "that is the authors' target, the top-left pixel"),
-        (1, "not the majority: the mean of the 16 pixels"))),
-}  # fmt: skip
+    "03 never learn": Exercise(
+        right=394_752,
+        wrong=[
+            (393_216, "queries and keys have biases too"),
+            (197_376, "both what makes queries and what makes keys: twice that"),
+        ],
+    ),
+    "03 gate": Exercise(
+        right=gate_factors,
+        wrong=[
+            (gate_without_bias, "the value has a bias"),
+            (gate_in_wrong_order, "value first, then output"),
+        ],
+        on=(gate_arguments(3), gate_arguments(6)),
+    ),
+    "03 kernel count": Exercise(
+        right=2305,
+        wrong=[
+            (2304, "the last number written is the bias"),
+            (4609, "512 is the decoder's width, the projector halves it"),
+        ],
+    ),
+    "03 loss": Exercise(
+        right=image_loss,
+        wrong=[
+            (summed_loss, "equation 10 is the mean"),
+            (loss_of_the_object, "the pixel positions beside the object count too"),
+        ],
+        on=(
+            (randn(3, 3), (randn(3, 3, seed=1) > 0).float()),
+            (3 * randn(2, 5), (randn(2, 5, seed=2) > 1).float()),
+        ),
+    ),
+    "03 target": Exercise(
+        right=0.75,
+        wrong=[
+            (0, "that is the authors' target, the top-left pixel"),
+            (1, "not the majority: the mean of the 16 pixels"),
+        ],
+    ),
+}
 
 
+# ---------------------------------------------------------------------------- 04 with and without
 def jump_across(feature, inside):
-    """Mean distance of horizontal neighbours of which exactly one is inside."""
-    jumps = (feature[:, :, 1:] - feature[:, :, :-1]).norm(dim=0)
+    """Mean distance of horizontal neighbors of which exactly one is inside."""
+    jumps = feature.diff(dim=2).norm(dim=0)
+    return jumps[inside[:, 1:] != inside[:, :-1]].mean()
+
+
+def jump_anywhere(feature, inside):
+    return feature.diff(dim=2).norm(dim=0).mean()
+
+
+def city_block_jump(feature, inside):
+    jumps = feature.diff(dim=2).abs().sum(0)
     return jumps[inside[:, 1:] != inside[:, :-1]].mean()
 
 
@@ -118,175 +270,445 @@ def paired_gain(a, b):
 
 
 def unpaired_gain(a, b):
-    return np.mean(a) - np.mean(b), (np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b)) ** 0.5
+    variance = np.var(a, ddof=1) / len(a) + np.var(b, ddof=1) / len(b)
+    return np.mean(a) - np.mean(b), variance**0.5
 
 
-RUNS = ((np.array([60.0, 10, 90, 40]), np.array([55.0, 0, 88, 41])), (np.array([5.0, 7, 30]), np.array([9.0, 0, 10])))
+def gain_and_deviation(a, b):
+    gains = a - b
+    return gains.mean(), gains.std(ddof=1)
+
+
 FIGURE_3 = {
-    "04 different maps": Exercise((1, 4), (
-        ((4, 4), "without the Bridger no sentence reaches the picture's encoder"),
-        ((1, 1), "with the Bridger every sentence changes the map"))),
-    "04 edge": Exercise(jump_across, (
-        (lambda feature, inside: feature.diff(dim=2).norm(dim=0).mean(), "only the pairs that cross the edge"),
-        (lambda feature, inside: feature.diff(dim=2).abs().sum(0)[inside[:, 1:] != inside[:, :-1]].mean(),
-         "Euclidean: the root of the sum of squares over channels")),
-        ((dice(4, 3, 5), dice(3, 5, seed=1) > 0), (dice(2, 6, 6), dice(6, 6, seed=2) > 1))),
-    "04 paired gain": Exercise(paired_gain, (
-        (unpaired_gain, "take the differences first: what makes a sentence hard for both drops out"),
-        (lambda a, b: ((a - b).mean(), (a - b).std(ddof=1)), "the error of a mean of n is smaller by √n")), RUNS),
-    "04 last bridge": Exercise(0, (
-        (1, "the bridge stands behind the last stage; only the head follows"),
-        (3, "a bridge changes what comes behind it"))),
-}  # fmt: skip
+    "04 different maps": Exercise(
+        right=(1, 4),
+        wrong=[
+            ((4, 4), "without the Bridger no sentence reaches the image encoder"),
+            ((1, 1), "with the Bridger every sentence changes the map"),
+        ],
+    ),
+    "04 edge": Exercise(
+        right=jump_across,
+        wrong=[
+            (jump_anywhere, "only the pairs that cross the edge"),
+            (city_block_jump, "Euclidean: the root of the sum of squares over channels"),
+        ],
+        on=(
+            (randn(4, 3, 5), randn(3, 5, seed=1) > 0),
+            (randn(2, 6, 6), randn(6, 6, seed=2) > 1),
+        ),
+    ),
+    "04 paired gain": Exercise(
+        right=paired_gain,
+        wrong=[
+            (
+                unpaired_gain,
+                "take the differences first: what makes a sentence hard for both drops out",
+            ),
+            (gain_and_deviation, "the error of a mean of n is smaller by √n"),
+        ],
+        on=(
+            (np.array([60.0, 10, 90, 40]), np.array([55.0, 0, 88, 41])),
+            (np.array([5.0, 7, 30]), np.array([9.0, 0, 10])),
+        ),
+    ),
+    "04 last bridge": Exercise(
+        right=0,
+        wrong=[
+            (1, "the bridge stands after the last stage; only the head follows"),
+            (3, "a bridge changes what comes after it"),
+        ],
+    ),
+}
 
 
+# ------------------------------------------------------------------------------ 05 what is trained
 def is_frozen(before, after):
     """Whether two state dicts hold the same names and the same bits."""
-    return before.keys() == after.keys() and all(torch.equal(x, after[name]) for name, x in before.items())
+    if before.keys() != after.keys():
+        return False
+    return all(torch.equal(x, after[name]) for name, x in before.items())
+
+
+def parameters_are_equal(before, after):
+    parameters = [name for name in before if name.endswith(("weight", "bias"))]
+    return all(torch.equal(before[name], after[name]) for name in parameters)
+
+
+def is_nearly_frozen(before, after):
+    return all(torch.allclose(before[name], after[name], atol=1e-3) for name in before)
 
 
 BN = {"bn.weight": torch.ones(2), "bn.running_mean": torch.zeros(2)}
-MOVED, NEARLY = BN | {"bn.running_mean": torch.ones(2)}, BN | {"bn.weight": torch.ones(2) + 1e-5}
+BN_MOVED = {**BN, "bn.running_mean": torch.ones(2)}
+BN_NEARLY = {**BN, "bn.weight": torch.ones(2) + 1e-5}
 TRAINED = {
-    "05 share": Exercise(100 * 26_328_129 / 145_874_338, (
-        (100 * 1_942_080 / 145_874_338, "the decoder learns too"),
-        (100 * 26_186_305 / 145_874_338, "CLIP's positions learn too"),
-        (100 * 1_942_080 / 56_259_936, "that is the Bridger against the image encoder alone, nearly the headline"))),
-    "05 BatchNorm": Exercise({"running_mean", "running_var", "num_batches_tracked"}, (
-        ({"weight", "bias"}, "these two need an optimizer; the statistics move by themselves"),
-        ({"running_mean", "running_var"}, "the counter moves too: a fingerprint sees it"))),
-    "05 is frozen": Exercise(is_frozen, (
-        (lambda a, b: all(torch.equal(a[n], b[n]) for n in a if n.endswith(("weight", "bias"))),
-         "buffers belong to it: running statistics move without any gradient"),
-        (lambda a, b: all(torch.allclose(a[n], b[n], atol=1e-3) for n in a), "bit for bit: nearly is not frozen")),
-        ((BN, dict(BN)), (BN, MOVED), (BN, NEARLY))),
-    "05 LoRA": Exercise(4096, (
-        (262_144, "that is the whole weight; A and B alone learn"),
-        (2048, "A and B: two of them"))),
-}  # fmt: skip
+    "05 share": Exercise(
+        right=100 * 26_328_129 / 145_874_338,
+        wrong=[
+            (100 * 1_942_080 / 145_874_338, "the decoder learns too"),
+            (100 * 26_186_305 / 145_874_338, "CLIP's positional embeddings learn too"),
+            (
+                100 * 1_942_080 / 56_259_936,
+                "that is the Bridger against the image encoder alone, nearly the headline",
+            ),
+        ],
+    ),
+    "05 BatchNorm": Exercise(
+        right={"running_mean", "running_var", "num_batches_tracked"},
+        wrong=[
+            (
+                {"weight", "bias"},
+                "these two need an optimizer; the statistics move by themselves",
+            ),
+            ({"running_mean", "running_var"}, "the counter moves too: a SHA-256 sees it"),
+        ],
+    ),
+    "05 is frozen": Exercise(
+        right=is_frozen,
+        wrong=[
+            (
+                parameters_are_equal,
+                "buffers belong to it: running statistics move without any gradient",
+            ),
+            (is_nearly_frozen, "bit for bit: nearly is not frozen"),
+        ],
+        on=((BN, dict(BN)), (BN, BN_MOVED), (BN, BN_NEARLY)),
+    ),
+    "05 LoRA": Exercise(
+        right=4096,
+        wrong=[
+            (262_144, "that is the whole weight; A and B alone learn"),
+            (2048, "A and B: two of them"),
+        ],
+    ),
+}
+
+
+# -------------------------------------------------------------------------------------- 06 training
+def blind_loss(p):
+    return -(p * log(p) + (1 - p) * log(1 - p))
+
+
+def blind_loss_of_the_object(p):
+    return -log(p)
+
+
+def blind_loss_in_bits(p):
+    return -(p * log2(p) + (1 - p) * log2(1 - p))
+
+
 TRAINING = {
-    "06 first loss": Exercise(log(2), (
-        (0.5, "½ is the probability; its loss is −log ½"),
-        (1.0, "that is log₂; the code takes natural logarithms"))),
-    "06 blind loss": Exercise(lambda p: -(p * log(p) + (1 - p) * log(1 - p)), (
-        (lambda p: -log(p), "only the object's pixels pay −log p; the others pay −log(1 − p)"),
-        (lambda p: -(p * log2(p) + (1 - p) * log2(1 - p)), "natural logarithms, as in the code")),
-        ((0.06,), (0.5,), (0.2,))),
-    "06 two metrics": Exercise([910 / 11, 50.0], (
-        ([50.0, 910 / 11], "the other way round: mIoU is the mean of 90 and 10"),
-        ([0.8273, 0.5], "in percent"))),
-    "06 standard error": Exercise(28 / 3811**0.5, (
-        (28 / 3811, "divide by the square root of their number"),
-        (28.0, "that is how far one object lies from the mean, not the mean from another mean"))),
-    "06 seeds": Exercise(6, (
-        (3, "both sides have a spread: 2/n, not 1/n"),
-        (2, "one standard error is not enough: twice that"))),
-}  # fmt: skip
+    "06 first loss": Exercise(
+        right=log(2),
+        wrong=[
+            (0.5, "½ is the probability; its loss is −log ½"),
+            (1.0, "that is log₂; the code takes natural logarithms"),
+        ],
+    ),
+    "06 blind loss": Exercise(
+        right=blind_loss,
+        wrong=[
+            (
+                blind_loss_of_the_object,
+                "only the object's pixels pay −log p; the others pay −log(1 − p)",
+            ),
+            (blind_loss_in_bits, "natural logarithms, as in the code"),
+        ],
+        on=((0.06,), (0.5,), (0.2,)),
+    ),
+    "06 two metrics": Exercise(
+        right=[910 / 11, 50.0],
+        wrong=[
+            ([50.0, 910 / 11], "the other way round: mIoU is the mean of 90 and 10"),
+            ([0.8273, 0.5], "in percent"),
+        ],
+    ),
+    "06 standard error": Exercise(
+        right=28 / 3811**0.5,
+        wrong=[
+            (28 / 3811, "divide by the square root of their number"),
+            (
+                28.0,
+                "that is how far one object lies from the mean, not the mean from another mean",
+            ),
+        ],
+    ),
+    "06 seeds": Exercise(
+        right=6,
+        wrong=[
+            (3, "both sides have a spread: 2/n, not 1/n"),
+            (2, "one standard error is not enough: twice that"),
+        ],
+    ),
+}
 
 
-def swap(sentence, pairs=(("left", "right"),)):
-    """Words exchanged inside longer words too."""
-    for a, b in pairs:
-        sentence = sentence.replace(a, "\0").replace(b, a).replace("\0", b)
-    return sentence
+# -------------------------------------------------------------------------------- 07 where it fails
+def swap(sentence):
+    """left ↔ right, inside longer words too."""
+    sentence = sentence.replace("left", "\0")
+    sentence = sentence.replace("right", "left")
+    return sentence.replace("\0", "right")
 
 
-def lowest(rows, n, key=lambda row: (row["IoU"], -row["U"])):
-    return [row["sentence"] for row in sorted(rows, key=key)[:n]]
+def swap_one_after_the_other(sentence):
+    return sentence.replace("left", "right").replace("right", "left")
 
 
-ROWS = [{"sentence": name, "IoU": found, "U": union} for name, found, union in
-        (("the star", 40.0, 50), ("left ring", 0.0, 80), ("the 7", 91.0, 300), ("red one", 0.0, 200))]  # fmt: skip
+def swap_whole_words(sentence):
+    words = {"left": "right", "right": "left"}
+    return " ".join(words.get(word, word) for word in sentence.split())
+
+
+def worst_first(row):
+    return row["IoU"], -row["U"]
+
+
+def worst(rows, n):
+    return [row["sentence"] for row in sorted(rows, key=worst_first)[:n]]
+
+
+def best(rows, n):
+    rows = sorted(rows, key=lambda row: (-row["IoU"], -row["U"]))
+    return [row["sentence"] for row in rows[:n]]
+
+
+def worst_in_any_order(rows, n):
+    rows = sorted(rows, key=lambda row: row["IoU"])
+    return [row["sentence"] for row in rows[:n]]
+
+
+ROWS = [
+    {"sentence": "the star", "IoU": 40.0, "U": 50},
+    {"sentence": "left ring", "IoU": 0.0, "U": 80},
+    {"sentence": "the 7", "IoU": 91.0, "U": 300},
+    {"sentence": "red one", "IoU": 0.0, "U": 200},
+]
 FAILURES = {
-    "07 chance": Exercise((1 / 3 + 1 / 4 + 1 / 5) / 3, (
-        (0.25, "the mean of 1/3, 1/4 and 1/5, not 1 over the mean of 3, 4 and 5"),
-        (0.1, "it picks among the digits in the picture, not among all ten"))),
-    "07 swap": Exercise(swap, (
-        (lambda sentence: sentence.replace("left", "right").replace("right", "left"),
-         "the second replacement undoes the first"),
-        (lambda sentence: " ".join({"left": "right", "right": "left"}.get(word, word) for word in sentence.split()),
-         "leftmost and rightmost too")),
-        (("left ring",), ("the rightmost star",), ("the ring to the right of the left star",), ("the blue one",))),
-    "07 nothing there": Exercise([0.0, 100.0], (
-        ([0.0, 0.0], "0 / 0 counts as 1 here: nothing was to be found, and nothing was"),
-        ([100.0, 0.0], "the other way round"))),
-    "07 worst": Exercise(lowest, (
-        (lambda rows, n: lowest(rows, n, lambda row: (-row["IoU"], -row["U"])), "those are the best"),
-        (lambda rows, n: lowest(rows, n, lambda row: row["IoU"]), "where two are equal, the larger U first")),
-        ((ROWS, 2), (ROWS, 3))),
-}  # fmt: skip
+    "07 chance": Exercise(
+        right=(1 / 3 + 1 / 4 + 1 / 5) / 3,
+        wrong=[
+            (0.25, "the mean of 1/3, 1/4 and 1/5, not 1 over the mean of 3, 4 and 5"),
+            (0.1, "it picks among the digits in the image, not among all ten"),
+        ],
+    ),
+    "07 swap": Exercise(
+        right=swap,
+        wrong=[
+            (swap_one_after_the_other, "the second replacement undoes the first"),
+            (swap_whole_words, "leftmost and rightmost too"),
+        ],
+        on=(
+            ("left ring",),
+            ("the rightmost star",),
+            ("the ring to the right of the left star",),
+            ("the blue one",),
+        ),
+    ),
+    "07 nothing there": Exercise(
+        right=[0.0, 100.0],
+        wrong=[
+            ([0.0, 0.0], "0 / 0 counts as 1 here: nothing was to be found, and nothing was"),
+            ([100.0, 0.0], "the other way round"),
+        ],
+    ),
+    "07 worst": Exercise(
+        right=worst,
+        wrong=[
+            (best, "those are the best"),
+            (worst_in_any_order, "where two are equal, the larger U first"),
+        ],
+        on=((ROWS, 2), (ROWS, 3)),
+    ),
+}
 
 
-def label_iou(predicted, truth, classes):
-    return np.mean([((predicted == c) & (truth == c)).sum() / ((predicted == c) | (truth == c)).sum() for c in classes])
+# ------------------------------------------------------------------------- 08 images of one's own
+def mean_iou(predicted, truth, classes):
+    scores = []
+    for c in classes:
+        both = (predicted == c) & (truth == c)
+        either = (predicted == c) | (truth == c)
+        scores.append(both.sum() / either.sum())
+    return np.mean(scores)
 
 
-def bounds(mask, behind=1):
-    """left, top, right, bottom of a mask (H, W); behind=0 names its last column and row."""
-    ys, xs = np.nonzero(mask)
-    return [xs.min(), ys.min(), xs.max() + behind, ys.max() + behind]
+def pixel_accuracy(predicted, truth, classes):
+    return (predicted == truth).mean()
 
 
-def most_pixels(maps, names, threshold):
-    return names[int((np.asarray(maps) > threshold).sum((1, 2)).argmax())]
+def mean_recall(predicted, truth, classes):
+    return np.mean([(predicted[truth == c] == c).mean() for c in classes])
 
 
-LABELS = np.array([[0, 0, 1], [0, 2, 2], [2, 2, 2]]), np.array([[0, 1, 1], [0, 2, 2], [0, 2, 2]])
+def box(mask, after=1):
+    """left, top, right, bottom of a mask (H, W); after=0 names its last column and row."""
+    rows, columns = np.nonzero(mask)
+    return [columns.min(), rows.min(), columns.max() + after, rows.max() + after]
+
+
+def inclusive_box(mask):
+    return box(mask, after=0)
+
+
+def rows_first_box(mask):
+    left, top, right, bottom = box(mask)
+    return [top, left, bottom, right]
+
+
+def largest_mask(maps, names, threshold):
+    pixels = (np.asarray(maps) > threshold).sum((1, 2))
+    return names[int(pixels.argmax())]
+
+
+def largest_mean(maps, names, threshold):
+    return names[int(np.asarray(maps).mean((1, 2)).argmax())]
+
+
+def surest_pixel(maps, names, threshold):
+    return names[int(np.asarray(maps).max((1, 2)).argmax())]
+
+
+PREDICTED = np.array([[0, 0, 1], [0, 2, 2], [2, 2, 2]])
+TRUTH = np.array([[0, 1, 1], [0, 2, 2], [0, 2, 2]])
 MASK = np.array([[0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]], bool)
-SURE = np.array([[[0.9, 0.0], [0.0, 0.0]], [[0.4, 0.4], [0.4, 0.0]], [[0.34, 0.34], [0.34, 0.34]]])
+MAPS = np.array(
+    [
+        [[0.9, 0.0], [0.0, 0.0]],
+        [[0.4, 0.4], [0.4, 0.0]],
+        [[0.34, 0.34], [0.34, 0.34]],
+    ]
+)
+NAMES = ["star", "ring", "heart"]
 BEYOND = {
-    "08 letterbox": Exercise(278, (
-        (416, "the longer side fills the square, the shorter one does not: nothing is stretched"),
-        (427, "the picture is made smaller by 416 / 640"))),
-    "08 mean IoU": Exercise(label_iou, (
-        (lambda predicted, truth, classes: (predicted == truth).mean(), "that is the share of right pixels"),
-        (lambda predicted, truth, classes: np.mean([(predicted[truth == c] == c).mean() for c in classes]),
-         "divide by the union: pixels wrongly given to a class count, too")),
-        ((*LABELS, (0, 1, 2)), (*LABELS, (1, 2)))),
-    "08 box": Exercise(bounds, (
-        (lambda mask: bounds(mask, 0), "right and bottom are the first column and row behind the mask"),
-        (lambda mask: [bounds(mask)[i] for i in (1, 0, 3, 2)], "columns first: left, top, right, bottom")),
-        ((MASK,), (MASK.T,))),
-    "08 classify": Exercise(most_pixels, (
-        (lambda maps, names, threshold: names[int(np.asarray(maps).mean((1, 2)).argmax())],
-         "count the pixels over the threshold"),
-        (lambda maps, names, threshold: names[int(np.asarray(maps).max((1, 2)).argmax())],
-         "the surest pixel is not the largest mask")),
-        ((SURE, ["star", "ring", "heart"], 0.35), (SURE, ["star", "ring", "heart"], 0.3))),
-}  # fmt: skip
+    "08 letterbox": Exercise(
+        right=278,
+        wrong=[
+            (416, "the longer side fills the square, the shorter one does not"),
+            (427, "the image is made smaller by 416 / 640"),
+        ],
+    ),
+    "08 mean IoU": Exercise(
+        right=mean_iou,
+        wrong=[
+            (pixel_accuracy, "that is the share of right pixels"),
+            (
+                mean_recall,
+                "divide by the union: pixels wrongly given to a class count, too",
+            ),
+        ],
+        on=((PREDICTED, TRUTH, (0, 1, 2)), (PREDICTED, TRUTH, (1, 2))),
+    ),
+    "08 box": Exercise(
+        right=box,
+        wrong=[
+            (inclusive_box, "right and bottom are the first column and row after the mask"),
+            (rows_first_box, "columns first: left, top, right, bottom"),
+        ],
+        on=((MASK,), (MASK.T,)),
+    ),
+    "08 classify": Exercise(
+        right=largest_mask,
+        wrong=[
+            (largest_mean, "count the pixels over the threshold"),
+            (surest_pixel, "the surest pixel is not the largest mask"),
+        ],
+        on=((MAPS, NAMES, 0.35), (MAPS, NAMES, 0.3)),
+    ),
+}
 
 
+# -------------------------------------------------------------------------- 09 BarLeRIa and DETRIS
 def planar(y, w, b, u):
     """One planar step of a normalizing flow."""
     return y + u * torch.tanh(w @ y + b)
 
 
-def ridge(x, y, strength, times=1):
-    """The linear map from x to y, with `times` the strength on the diagonal."""
-    return torch.linalg.solve(x.mT @ x + times * strength * torch.eye(x.shape[1]), x.mT @ y)
+def planar_by_channel(y, w, b, u):
+    return y + u * torch.tanh(w * y + b)
+
+
+def planar_without_shortcut(y, w, b, u):
+    return u * torch.tanh(w @ y + b)
+
+
+def planar_arguments(width):
+    return randn(width), randn(width, seed=1), 0.3, randn(width, seed=2)
+
+
+def ridge(x, y, strength):
+    """The linear map from x to y with small weights."""
+    penalty = strength * torch.eye(x.shape[1])
+    return torch.linalg.solve(x.mT @ x + penalty, x.mT @ y)
+
+
+def least_squares(x, y, strength):
+    return ridge(x, y, 0)
+
+
+def averaged_ridge(x, y, strength):
+    return ridge(x, y, strength * len(x))
 
 
 OTHERS = {
-    "09 planar": Exercise(planar, (
-        (lambda y, w, b, u: y + u * torch.tanh(w * y + b), "w · y is a dot product: one number for all channels"),
-        (lambda y, w, b, u: u * torch.tanh(w @ y + b), "y itself is added: with u = 0 nothing happens")),
-        tuple((dice(d), dice(d, seed=1), 0.3, dice(d, seed=2)) for d in (3, 6))),
-    "09 tokens": Exercise(694, (
-        (677, "the prompts are tokens too, one for each of the 17 words, padding included"),
-        (693, "the class token comes first"))),
-    "09 rank": Exercise(1, (
-        (48, "that is the width; look what each token's prior is a multiple of"),
-        (89, "as many tokens, and all of them point the way of p or against it"))),
-    "09 field": Exercise(7, (
-        (5, "branch 3 reads branch 2 as well, which has looked at its neighbours"),
-        (9, "2 places to each side by its own kernel, 1 more by branch 2's: 1 + 2 · 3"))),
-    "09 branch inputs": Exercise((128, 192, 224), (
-        ((128, 64, 96), "z comes along every time"),
-        ((128, 192, 160), "branch 3 reads z and both branches before it"))),
-    "09 ridge": Exercise(ridge, (
-        (lambda x, y, strength: ridge(x, y, strength, 0), "that is plain least squares: where is the strength?"),
-        (lambda x, y, strength: ridge(x, y, strength, len(x)), "the squares are summed, not averaged")),
-        ((dice(9, 3), dice(9, 2, seed=1), 2.0), (dice(6, 4, seed=2), dice(6, 4, seed=3), 10.0))),
-}  # fmt: skip
+    "09 planar": Exercise(
+        right=planar,
+        wrong=[
+            (planar_by_channel, "w · y is a dot product: one number for all channels"),
+            (planar_without_shortcut, "y itself is added: with u = 0 nothing happens"),
+        ],
+        on=(planar_arguments(3), planar_arguments(6)),
+    ),
+    "09 tokens": Exercise(
+        right=694,
+        wrong=[
+            (677, "the prompts are tokens too, one for each of the 17 words, padding included"),
+            (693, "the class token comes first"),
+        ],
+    ),
+    "09 rank": Exercise(
+        right=1,
+        wrong=[
+            (48, "that is the width; look what each token's prior is a multiple of"),
+            (89, "as many tokens, and all of them have the direction of p or the opposite one"),
+        ],
+    ),
+    "09 field": Exercise(
+        right=7,
+        wrong=[
+            (5, "branch 3 reads branch 2 as well, which has read its neighbors"),
+            (9, "2 positions to each side by its own kernel, 1 more by branch 2's: 1 + 2 · 3"),
+        ],
+    ),
+    "09 branch inputs": Exercise(
+        right=(128, 192, 224),
+        wrong=[
+            ((128, 64, 96), "z is an input every time"),
+            ((128, 192, 160), "branch 3 reads z and both branches before it"),
+        ],
+    ),
+    "09 ridge": Exercise(
+        right=ridge,
+        wrong=[
+            (least_squares, "that is plain least squares: where is the strength?"),
+            (averaged_ridge, "the squares are summed, not averaged"),
+        ],
+        on=(
+            (randn(9, 3), randn(9, 2, seed=1), 2.0),
+            (randn(6, 4, seed=2), randn(6, 4, seed=3), 10.0),
+        ),
+    ),
+}
 
-EXERCISES = CLIP | BRIDGER | DECODER | FIGURE_3 | TRAINED | TRAINING | FAILURES | BEYOND | OTHERS
+EXERCISES = {
+    **CLIP,
+    **BRIDGER,
+    **DECODER,
+    **FIGURE_3,
+    **TRAINED,
+    **TRAINING,
+    **FAILURES,
+    **BEYOND,
+    **OTHERS,
+}

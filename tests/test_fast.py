@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
+import train
 from checkpoint import build_model
 from clip_model import CLIP, Attention, CLIPConfig, build_clip, init_by_name
 from data import open_dataset
@@ -479,3 +480,29 @@ def test_evaluation_in_batches_measures_the_same():
     for a, b in zip(alone, together, strict=True):
         assert abs(a["I"] - b["I"]) <= 2
         assert abs(a["U"] - b["U"]) <= 2
+
+
+# ---- compiling
+def test_compiling_leaves_names_and_numbers(monkeypatch, tmp_path):
+    """`train.py --compile` trains the same; the model itself, and so a checkpoint, keeps its names.
+
+    Here torch traces and does not generate code ("eager"), which would take a minute.
+    """
+    real_compile = torch.compile
+    compiled = []
+
+    def traced(function, **options):
+        compiled.append(function)
+        return real_compile(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
+    given = ["--weights", "random", "--steps", "4", "--batch-size", "2", "--limit", "8"]
+    given += ["--size", "64", "--device", "cpu"]
+    states = []
+    for extra in ([], ["--compile"]):
+        out = tmp_path / str(len(states))
+        train.main([*given, "--out", str(out), *extra])
+        file = torch.load(out / "last.pt", weights_only=True)
+        states.append({name: x.double() for name, x in file["tuned"].items()})
+        assert len(compiled) == len(extra)
+    assert_same(*states, 1e-4)

@@ -100,6 +100,13 @@ def test_every_page_of_docs_is_reached_from_the_readme():
     assert reached == {path.name for path in (ROOT / "docs").glob("*.md")}
 
 
+def test_every_page_that_the_code_names_exists():
+    notebooks = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    for text in [*CODE.values(), *(path.read_text(encoding="utf-8") for path in notebooks)]:
+        for page in re.findall(r"docs/\w+\.(?:md|svg)", text):
+            assert (ROOT / page).exists(), page
+
+
 def test_every_test_that_is_quoted_exists():
     quoted = set(re.findall(r"`(test_\w+)`", "".join(PAGES.values())))
     existing = set()

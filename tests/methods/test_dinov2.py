@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from clip_model import CLIP, CLIPConfig, load_clip
 from methods import detris, dinov2
 from methods.dinov2 import DINO, DINO_CONFIGS, DinoConfig, build_dino, load_dino
-from tests.server import Server
+from tests.robustness.server import Server
 from toy import pretrain
 from utils.clip_weights import init_by_name, read_weights
 from utils.common import ROOT, UserError
