@@ -7,7 +7,6 @@ run needs to go on as if it had never stopped.
 
 import io
 import json
-import pickle
 import random
 import time
 import warnings
@@ -25,11 +24,11 @@ from methods.barleria import build_barleria
 from methods.detris import ALIGNED_BLOCKS, build_detris, load_backbones
 from methods.peft import apply_tuning, parse_tuning
 from methods.published import NUMPY_TYPES, from_official, is_official
-from utils.common import READ_ERRORS, UserError, as_user_error, provenance, write_file
+from utils.clip_weights import LOAD_ERRORS
+from utils.common import UserError, as_user_error, provenance, write_file
 
 VERSION = 2  # of the file's layout
 BUILDERS = {"etris": build_etris, "barleria": build_barleria, "detris": build_detris}
-LOAD_ERRORS = (*READ_ERRORS, RuntimeError, AttributeError, AssertionError, pickle.UnpicklingError)
 
 
 # ------------------------------------------------------------------------------------------- build
@@ -303,6 +302,18 @@ def resume_training(path, model, optimizer, scheduler, scaler, args) -> TrainSta
         group["initial_lr"] = initial_lr
         group["betas"] = betas
         group["lr"] = initial_lr * factor
+    return state
+
+
+def start_or_resume(args, model, optimizer, scheduler, scaler) -> TrainState:
+    """A fresh state, or that of the checkpoint that --resume names (OUT/last.pt)."""
+    state = TrainState()
+    path = Path(args.out, "last.pt") if args.resume is True else Path(args.resume or "")
+    if args.resume is True and not path.exists():
+        print(f"{path} does not exist: starting fresh")
+    elif args.resume:
+        state = resume_training(path, model, optimizer, scheduler, scaler, args)
+        print(f"continuing from {path} at step {state.global_step:,}")
     return state
 
 

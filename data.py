@@ -22,6 +22,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from clip_model import PIXEL_MEAN, PIXEL_STD
 from toy.scenes import FLAVOURS, SPLITS, Scenes
 from utils.common import READ_ERRORS, SEED, Parser, UserError, as_user_error, command, integer
+from utils.distributed import rank, world_size
 from utils.images import decode_segmentation, read_image, resize, to_mask
 from utils.plots import contact_sheet
 from utils.tokenizer import is_blank, tokenize
@@ -366,15 +367,13 @@ def epoch_batches(n, batch_size, seed, epoch) -> list[list[int]]:
     return batches
 
 
-def train_loader(
-    train_set, batch_size, epoch, start=0, workers=0, device="cpu", rank=0, world_size=1
-) -> DataLoader:
-    """The batches of one epoch from number `start` on; of each, this rank's share."""
+def train_loader(train_set, batch_size, epoch, start=0, workers=0, device="cpu") -> DataLoader:
+    """The batches of one epoch from number `start` on; of each, this process's share."""
     train_set.epoch = epoch
     batches = epoch_batches(len(train_set), batch_size, train_set.seed, epoch)[start:]
     return DataLoader(
         train_set,
-        batch_sampler=[batch[rank::world_size] for batch in batches],
+        batch_sampler=[batch[rank() :: world_size()] for batch in batches],
         num_workers=workers,
         pin_memory=torch.device(device).type == "cuda",
         generator=torch.Generator().manual_seed(train_set.seed),  # leaves the global one alone

@@ -8,7 +8,7 @@ The Bridger is meant to let the two frozen encoders exchange information between
                      v, t = v + Δv, t + Δt
     logits = projector(global_alignment(hierarchical_alignment(maps, sentence), words), sentence)
 
-B batch · L words · D text width (also the decoder's) · E joint space · C channels · S image side
+B batch · L words · D text width (also the decoder's) · E joint space · C channels · S image side ·
 h w the decoder's grid (S/16 each way) · N = h·w pixel positions · d bridge width.
 Where the paper and the authors' code disagree, we follow the code; `# differs:` says so.
 """
@@ -100,7 +100,7 @@ class Bridge(nn.Module):
         B, d, h, w = x.shape
         x = x.flatten(2).mT  # (B, N, d)
         y = self.linear_in(t)  # (B, L, d)
-        # differs: equation 2 adds the previous interactors' output, the code their input; and norms
+        # differs: equation 2 adds the interactors' last output, the code their input, normalized
         if previous is not None:
             x = self.norm_v(x + previous[0])
             y = self.norm_t(y + previous[1])
@@ -149,12 +149,11 @@ class HierarchicalAlignment(nn.Module):
     def __init__(self, clip: CLIP, heads: int = 8):
         super().__init__()
         width = clip.config.text_width
-        embed_dim = clip.config.embed_dim
         low, middle, _ = clip.visual.channels
         factor = 2 if clip.config.patch_size is None else 1  # between a ResNet's stages
-        self.sentence = nn.Linear(embed_dim, width)
+        self.sentence = nn.Linear(clip.config.embed_dim, width)
         down = conv_bn(low, width, factor, factor)
-        up = conv_bn(embed_dim, width, factor, factor, conv=nn.ConvTranspose2d)
+        up = conv_bn(clip.config.embed_dim, width, factor, factor, conv=nn.ConvTranspose2d)
         self.project = nn.ModuleList([down, conv_bn(middle, width), up])
         self.gates = nn.ModuleList([Gate(width, heads) for _ in range(3)])
         self.merge = conv_bn(3 * width, width)
@@ -223,7 +222,7 @@ class DecoderLayer(nn.Module):
 
 
 class GlobalAlignment(nn.Module):
-    """GA, equation 8. differs: the paper attends to the sentence F_s, the code to its words."""
+    """GA, equation 8. differs: the paper attends to the sentence F_s, the code to the words."""
 
     def __init__(self, clip: CLIP, layers: int = 3):
         super().__init__()
@@ -273,9 +272,8 @@ class Projector(nn.Module):
 def text_to_pixel_loss(logits: Tensor, masks: Tensor, nearest: bool = False) -> Tensor:
     """Equations 10 and 11: −log σ(z) on the object, −log(1 − σ(z)) elsewhere, averaged: BCE.
 
-    logits (B, 1, h, w), masks (B, 1, S, S) in 0..1.
-    differs: a logit's target is the mask's mean over its 4×4 pixels; the original takes the
-    top-left pixel (nearest=True), which draws everything up to 3 pixels off (ledger).
+    logits (B, 1, h, w), masks (B, 1, S, S) in 0..1. differs: a target is the mask's mean over 4×4
+    pixels, in the original the top-left one (nearest=True), up to 3 pixels off (ledger).
     """
     targets = F.interpolate(masks, logits.shape[2:], mode="nearest" if nearest else "area")
     return F.binary_cross_entropy_with_logits(logits.float(), targets)
@@ -293,8 +291,8 @@ def check_size(clip: CLIP, *sides: int):
 class ETRIS(nn.Module):
     """The parts are passed in, so that an experiment can swap one.
 
-    connect: an extra branch beside the attention pool, as in the released models. size: the image
-    side that the model is made for. max_tokens: the most in a sentence, marks included.
+    connect: an extra branch beside the attention pool, as in the released models.
+    size: the image side the model is made for. max_tokens: of a sentence, marks included.
     """
 
     def __init__(
@@ -451,8 +449,7 @@ def build_etris(
 ) -> ETRIS:
     """ETRIS around a frozen CLIP, in training mode; width, heads and stages are the Bridger's.
 
-    released: build what the authors released, whatever train_positions, connect and mask_padding
-    say. Our own defaults of these three are measured (ledger).
+    released: what the authors released; else the last three, whose defaults are ours (ledger).
     """
     check_size(clip, size)
     is_vit = clip.config.patch_size is not None

@@ -24,17 +24,8 @@ from tqdm import tqdm
 
 import checkpoint
 import config
-from checkpoint import TrainState
+import data
 from clip_model import CLIP_CONFIGS
-from data import (
-    RefDataset,
-    SplitNotFound,
-    TrainDataset,
-    epoch_batches,
-    open_dataset,
-    to_device,
-    train_loader,
-)
 from etris import text_to_pixel_loss
 from evaluate import evaluate, grid_ceiling
 from fast import set_fast
@@ -65,12 +56,12 @@ def arguments(argv=None) -> argparse.Namespace:
     model.add_argument("--words", type=integer(), help="tokens per sentence (17; RefCOCOg 22)")
     model.add_argument("--dropout", type=float, help="probability (preset)")
 
-    data = parser.add_argument_group("Data")
-    data.add_argument("--dataset", default="scenes", help=f"{DATASETS} (scenes)")
-    data.add_argument("--data", metavar="DIR", help="the folder that prepare.py filled (data)")
-    data.add_argument("--limit", type=integer(), help="the first N objects of every split only")
-    data.add_argument("--overfit", type=integer(), help="train and validate on N large objects")
-    data.add_argument("--workers", type=integer(0, 64), help="loading processes (0; 8 on a GPU)")
+    source = parser.add_argument_group("Data")
+    source.add_argument("--dataset", default="scenes", help=f"{DATASETS} (scenes)")
+    source.add_argument("--data", metavar="DIR", help="the folder that prepare.py filled (data)")
+    source.add_argument("--limit", type=integer(), help="the first N objects of every split only")
+    source.add_argument("--overfit", type=integer(), help="train and validate on N large objects")
+    source.add_argument("--workers", type=integer(0, 64), help="loading processes (0; 8 on a GPU)")
 
     optim = parser.add_argument_group("Optimization")
     optim.add_argument("--epochs", type=integer(), help="(preset)")
@@ -103,8 +94,7 @@ def complete(args) -> argparse.Namespace:
     if args.backbone is None:
         args.backbone = config.DEFAULT_BACKBONES[args.system]
     if args.backbone not in presets:
-        choices = ", ".join(presets)
-        raise UserError(f"unknown backbone {args.backbone!r}: choose one of {choices}")
+        raise UserError(f"unknown backbone {args.backbone!r}: choose one of {', '.join(presets)}")
     preset = presets[args.backbone]
     if args.lr is not None and not 0 < args.lr < 1:
         raise UserError(f"--lr {args.lr}: choose a rate between 0 and 1, such as {preset.lr}")
@@ -130,14 +120,14 @@ def complete(args) -> argparse.Namespace:
 
 
 # ------------------------------------------------------------------------------------------- data
-def open_train_and_val(args) -> tuple[RefDataset, RefDataset]:
-    train_set = open_dataset(args.dataset, "train", args.data, args.limit, args.size)
+def open_train_and_val(args) -> tuple[data.RefDataset, data.RefDataset]:
+    train_set = data.open_dataset(args.dataset, "train", args.data, args.limit, args.size)
     if args.overfit:
         return largest_objects(train_set, args.overfit)
     return train_set, open_split(args, "val", instead=train_set)
 
 
-def open_split(args, split, instead) -> RefDataset:
+def open_split(args, split, instead) -> data.RefDataset:
     """The val or test split, of a mix's first data set. `instead`, with a message, if none."""
     name = args.dataset
     if not Path(name).is_dir():
@@ -147,21 +137,21 @@ def open_split(args, split, instead) -> RefDataset:
         limit = config.SCENE_LIMITS[split]
     wanted = config.TEST_SPLITS.get(name, "test") if split == "test" else split
     try:
-        return open_dataset(name, wanted, args.data, limit, args.size)
-    except SplitNotFound as error:
+        return data.open_dataset(name, wanted, args.data, limit, args.size)
+    except data.SplitNotFound as error:
         doing = "testing" if split == "test" else "validating"
         print(f"{doing} on the {instead.split} split: {error}")
         return instead
 
 
-def largest_objects(dataset, count) -> tuple[RefDataset, RefDataset]:
+def largest_objects(dataset, count) -> tuple[data.RefDataset, data.RefDataset]:
     """The `count` objects that cover most of their image, of the first 200, 40 times each."""
     candidates = [dataset[i] for i in range(min(200, len(dataset)))]
     candidates.sort(key=lambda sample: -np.mean(sample.mask))
     samples = tuple(candidates[:count])
     print(f"--overfit {count}: the largest of {len(candidates)} objects train and validate")
-    train_set = RefDataset(dataset.name, dataset.split, samples * 40)
-    return train_set, RefDataset(dataset.name, dataset.split, samples)
+    train_set = data.RefDataset(dataset.name, dataset.split, samples * 40)
+    return train_set, data.RefDataset(dataset.name, dataset.split, samples)
 
 
 # ----------------------------------------------------------------------------------- optimization
@@ -306,30 +296,16 @@ def make_model(args, device, **options):
 
 def count_steps(args, train_set) -> int:
     """Optimizer steps of the whole run. UserError where processes cannot share a batch equally."""
-    batches = epoch_batches(len(train_set), args.batch_size, args.seed, epoch=0)
+    batches = data.epoch_batches(len(train_set), args.batch_size, args.seed, epoch=0)
     processes = distributed.world_size()
     if len(batches[0]) % processes:
         raise UserError(f"a batch of {len(batches[0])} is not divisible by {processes} processes")
     return args.steps or args.epochs * len(batches)
 
 
-def start_or_resume(args, model, optimizer, scheduler, scaler) -> TrainState:
-    """A fresh state, or that of the checkpoint that --resume names (OUT/last.pt)."""
-    state = TrainState()
-    path = Path(args.out, "last.pt") if args.resume is True else Path(args.resume or "")
-    if args.resume is True and not path.exists():
-        print(f"{path} does not exist: starting fresh")
-    elif args.resume:
-        state = checkpoint.resume_training(path, model, optimizer, scheduler, scaler, args)
-        print(f"continuing from {path} at step {state.global_step:,}")
-    if distributed.rank() > 0:  # each process has its own dropout
-        common.seed_all(args.seed + 10**6 * distributed.rank() + state.global_step)
-    return state
-
-
 def validate(args, model, dataset, device, dtype) -> dict:
     """evaluate.py's metrics; every process measures its share of the objects."""
-    distributed.broadcast_buffers(model)
+    distributed.broadcast(model.buffers())  # BatchNorm statistics
     options = {"batch_size": 2 * args.batch_size, "dtype": dtype, "workers": args.workers}
     return evaluate(model, dataset, device, progress=distributed.rank() == 0, **options)[0]
 
@@ -358,17 +334,18 @@ def finish_epoch(args, model, metrics, scheduler, state, val_set):
 def test_best(args, model, val_set, device, dtype, state) -> dict:
     """Test best.pt and write result.json."""
     out = Path(args.out)
-    best = checkpoint.read_checkpoint(out / "best.pt")
-    checkpoint.restore_trainable(model, best, out / "best.pt")
+    if distributed.rank() == 0:
+        best = checkpoint.read_checkpoint(out / "best.pt")
+        checkpoint.restore_trainable(model, best, out / "best.pt")
+    distributed.broadcast(model.trainable_state_dict().values())
     test_set = val_set if args.overfit else open_split(args, "test", instead=val_set)
     result = validate(args, model, test_set, device, dtype)
     result["minutes"] = round(state.total_minutes(), 2)
     result["steps"] = state.global_step
+    numbers = "  ".join(f"{name} {result[name]:.2f}" for name in METRICS)
+    print(f"{test_set.name} {test_set.split}, {result['sentences']:,} sentences: {numbers}")
     if distributed.rank() == 0:
         (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        numbers = "  ".join(f"{name} {result[name]:.2f}" for name in METRICS)
-        where = f"{test_set.name} {test_set.split}, {result['sentences']:,} sentences"
-        print(f"{where}: {numbers}  ({result['minutes']:.1f} minutes)")
         print(f"try it:  python predict.py {out / 'best.pt'} --image IMAGE --text SENTENCE")
     return result
 
@@ -388,13 +365,14 @@ def main(argv=None):
     optimizer = make_optimizer(model, args, device)
     scheduler = make_scheduler(optimizer, args.schedule, total_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
-    state = start_or_resume(args, model, optimizer, scheduler, scaler)
+    state = checkpoint.start_or_resume(args, model, optimizer, scheduler, scaler)
+    if distributed.rank() > 0:  # each process has its own dropout
+        common.seed_all(args.seed + 10**6 * distributed.rank() + state.global_step)
     if distributed.rank() == 0:
         checkpoint.open_run_folder(args, model, distributed.world_size())
     train_model = distributed.wrap(torch.compile(model) if args.compile else model)
-    samples = TrainDataset(train_set, args.size, args.words, args.seed)
-    bar = tqdm(total=total_steps, initial=state.global_step, unit="step", file=sys.stdout)
-    bar.miniters = 10
+    samples = data.TrainDataset(train_set, args.size, args.words, args.seed)
+    bar = tqdm(total=total_steps, initial=state.global_step, miniters=10, file=sys.stdout)
 
     def save():
         if distributed.rank() == 0:
@@ -407,12 +385,12 @@ def main(argv=None):
             # train for one epoch, from where the run stands
             model.train()
             start = state.batch_in_epoch
-            for batch in train_loader(
+            for batch in data.train_loader(
                 samples, args.batch_size, state.epoch, start, args.workers, device
             ):
                 if state.global_step >= total_steps:
                     break
-                batch = to_device(batch, device)
+                batch = data.to_device(batch, device)
                 loss = train_step(train_model, batch, optimizer, scaler, dtype, args.accumulate)
                 loss, stopping = distributed.all_reduce_mean(loss, stop.requested)
                 check_numbers(loss, scaler, state, batch)
@@ -424,8 +402,7 @@ def main(argv=None):
                     stop.ignore_signals()
                     save()
                     bar.close()
-                    where = f"stopped at step {state.global_step:,}"
-                    print(f"{where}: go on with --resume --out {args.out}", file=sys.stderr)
+                    print(f"stopped: go on with --resume --out {args.out}", file=sys.stderr)
                     raise SystemExit(130)
             save()
             # validate it
@@ -443,7 +420,8 @@ def main(argv=None):
         raise
     finally:
         stop.restore_handlers()
-        distributed.stop()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ take turns after a round that warms up; numbers are medians. Adam's rate is 0: a
 
 import gc
 import json
+import os
 import time
 from functools import partial
 from typing import NamedTuple
@@ -25,6 +26,7 @@ from utils.common import Parser, command, integer, pick_device, pick_dtype, prov
 from utils.tokenizer import tokenize
 
 FORMAT = "{row:<24}{seconds:12.4g} s{speedup:9.2f} ×{memory_mb:9.0f} MB"
+os.environ.update(KINETO_LOG_LEVEL="99", TORCH_CPP_LOG_LEVEL="ERROR")  # the profiler's chatter
 MODELS = [("etris", "RN101"), ("etris", "tiny"), ("barleria", "tiny-vit"), ("detris", "tiny-dino")]
 
 
@@ -64,8 +66,8 @@ class Bench:
         self.model = train.make_model(args, device)
         self.compiled = torch.compile(self.model)
         self.options = None
-        learning = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(learning, lr=0.0, fused=device.type != "mps")
+        parameters = self.model.parameters()
+        self.optimizer = torch.optim.Adam(parameters, lr=0.0, fused=device.type != "mps")
         images = torch.randint(256, (batch_size, 3, args.size, args.size), dtype=torch.uint8)
         tokens = tokenize(["the man in red on the left"] * batch_size, args.words)
         self.batch = to_device({"image": images, "tokens": tokens, "mask": images[:, :1]}, device)
@@ -147,33 +149,32 @@ def step_rows(bench, ladder, seconds) -> list[dict]:
 
 def data_row(bench, step_seconds, count=4) -> dict:
     """Loading a batch in the training process, and its share of the time of a step with it."""
-    dataset = open_dataset("scenes", "train", limit=count * bench.batch_size, side=bench.args.size)
-    samples = TrainDataset(list(dataset), bench.args.size, bench.args.words)  # scenes drawn
+    size = bench.args.size
+    dataset = open_dataset("scenes", "train", limit=count * bench.batch_size, side=size)
+    samples = TrainDataset(list(dataset), size, bench.args.words)  # scenes are drawn here
     start = bench.now()
     for batch in train_loader(samples, bench.batch_size, epoch=0):
         to_device(batch, bench.device)
     seconds = (bench.now() - start) / count
-    row = {"row": "data", "workers": 0, "seconds": seconds}
-    row["share"] = 100 * seconds / (seconds + step_seconds)
-    return row
+    share = 100 * seconds / (seconds + step_seconds)
+    return {"row": "data", "seconds": seconds, "share": share}
 
 
 def evaluation_row(bench, ladder, objects) -> dict:
     """Seconds a sentence takes: plain, one at a time, as the original; fast, in batches."""
     dataset = open_dataset("scenes", "val", limit=objects, side=bench.args.size)
     batch_size = 2 * bench.args.batch_size
-    measure = partial(evaluate, bench.model, dataset, bench.device, progress=False)
     seconds = {}
     for name, size in (("plain", 1), ("fast", batch_size)):
         bench.apply(ladder[name])
-        measure(limit=1, batch_size=size, dtype=ladder[name].dtype)  # warms up
-        start = bench.now()
-        result, _ = measure(batch_size=size, dtype=ladder[name].dtype)
-        seconds[name] = (bench.now() - start) / result["sentences"]
-    row = {"row": "evaluation", "batch": batch_size, "seconds": seconds["fast"]}
-    row["plain_seconds"] = seconds["plain"]
+        options = {"batch_size": size, "dtype": ladder[name].dtype, "progress": False}
+        for limit in (1, objects):  # the first one warms up
+            start = bench.now()
+            result, _ = evaluate(bench.model, dataset, bench.device, limit=limit, **options)
+            seconds[name] = (bench.now() - start) / result["sentences"]
+    row = {"seconds": seconds["fast"], "plain_seconds": seconds["plain"]}
     row["speedup"] = seconds["plain"] / seconds["fast"]
-    return row
+    return {"row": "evaluation", "batch": batch_size, **row}
 
 
 def model_rows(args, system, backbone, device) -> list[dict]:
@@ -206,8 +207,7 @@ def main(argv=None):
     device, reason = pick_device(args.device)
     rows = [{"row": "machine", "device": device.type, **provenance(0, {})}]
     print(f"device {device}: {reason}; {rows[0]['hardware']}, torch {torch.__version__}")
-    models = [(args.system, args.backbone)] if args.backbone else MODELS
-    for system, backbone in models:
+    for system, backbone in [(args.system, args.backbone)] if args.backbone else MODELS:
         print(f"\n{system} {backbone}")
         for row in model_rows(args, system, backbone, device):
             rows.append(row)

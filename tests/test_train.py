@@ -28,7 +28,7 @@ from data import (
     train_loader,
 )
 from etris import check_size, positional_embeddings, text_to_pixel_loss
-from utils.common import ROOT, UserError
+from utils.common import ROOT, StopFlag, UserError
 from utils.tokenizer import tokenize
 
 FAST = ["--weights", "random", "--limit", "8", "--batch-size", "4", "--device", "cpu"]
@@ -668,7 +668,9 @@ def test_a_second_signal_does_not_break_what_the_first_one_saves(tmp_path, monke
     assert step_of(read_checkpoint(tmp_path / "a" / "last.pt")) == 1
 
 
-def test_a_second_signal_in_the_same_step_stops_at_once(tmp_path, monkeypatch, capsys):
+def test_a_second_signal_a_little_later_stops_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(StopFlag, "PATIENCE", 0.0)
+
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)

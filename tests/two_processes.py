@@ -35,13 +35,7 @@ def gradients():
         torch.manual_seed(distributed.rank())  # the parameters of rank 0 count
         model = build_model("tiny", weights="random", size=64, dropout=0.0, width=32).eval()
         wrapped = distributed.wrap(model)
-        loader = train_loader(
-            TrainDataset(dataset, 64, 17),
-            objects,
-            epoch=0,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
+        loader = train_loader(TrainDataset(dataset, 64, 17), objects, epoch=0)
         batch = to_device(next(iter(loader)), "cpu")
         loss = train_step(wrapped, batch, KeepGradients(), scaler, torch.float32, accumulate)
         [loss] = distributed.all_reduce_mean(loss)
@@ -55,7 +49,7 @@ def scores():
     torch.manual_seed(0)
     model = build_model("tiny", weights="random", size=64, width=32)
     model.hierarchical_alignment.merge[1].running_mean.fill_(float(distributed.rank()))
-    distributed.broadcast_buffers(model)
+    distributed.broadcast(model.buffers())
     dataset = open_dataset("scenes", "val", limit=7, side=64)
     return evaluate(model, dataset, progress=False, threshold=0.5)
 
@@ -70,7 +64,8 @@ def main():
     }
     if distributed.rank() == 0:
         torch.save(found, sys.argv[1])
-    distributed.stop()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

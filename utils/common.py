@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -124,16 +125,24 @@ SEED = integer(0, 2**32 - 1)  # the range that numpy's and torch's generators ac
 
 # ----------------------------------------------------------------------------------------- signals
 class StopFlag:
-    """Set by Ctrl-C and SIGTERM; the loop looks at it after each step. Twice stops at once."""
+    """Set by Ctrl-C and SIGTERM; the loop looks at it after each step.
+
+    A second signal, `PATIENCE` seconds later, stops at once. (torchrun doubles every signal.)
+    """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    PATIENCE = 2.0
 
     def __init__(self):
         self.requested = False
+        self.time = 0.0
         self.handlers = [signal.signal(kind, self.set) for kind in self.SIGNALS]
 
     def set(self, signum, frame):
-        if self.requested:
+        now = time.monotonic()
+        if not self.requested:
+            self.time = now
+        elif now >= self.time + self.PATIENCE:
             raise KeyboardInterrupt
         self.requested = True
 

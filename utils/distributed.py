@@ -22,11 +22,6 @@ def start(device):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
-def stop():
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -74,7 +69,10 @@ def all_gather_rows(rows: list) -> list:
     return sum(gathered, [])
 
 
-def broadcast_buffers(model: nn.Module):
-    """Every process gets the BatchNorm statistics of rank 0."""
-    for buffer in model.buffers() if world_size() > 1 else ():
-        dist.broadcast(buffer, 0)
+@torch.no_grad()
+def broadcast(tensors):
+    """Every process gets the tensors of rank 0."""
+    for tensor in tensors if world_size() > 1 else ():
+        whole = tensor.contiguous()  # a convolution's weight may lie channels-last
+        dist.broadcast(whole, 0)
+        tensor.copy_(whole)

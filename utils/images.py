@@ -55,6 +55,7 @@ def read_image(path, exif=True, convert=to_rgb) -> np.ndarray:
         if Path(path).stat().st_size == 0:
             raise ValueError("the file is empty")
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # damaged EXIF around whole pixels
             # a small file can unpack to gigabytes
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
