@@ -402,7 +402,7 @@ def main(argv=None):
                     stop.ignore_signals()
                     save()
                     bar.close()
-                    print(f"stopped: go on with --resume --out {args.out}", file=sys.stderr)
+                    print(f"stopped: go on with --resume --out {args.out}")
                     raise SystemExit(130)
             save()
             # validate it
