@@ -25,10 +25,12 @@ from methods.detris import ALIGNED_BLOCKS, build_detris, load_backbones
 from methods.peft import apply_tuning, parse_tuning
 from methods.published import NUMPY_TYPES, from_official, is_official
 from utils.clip_weights import LOAD_ERRORS
-from utils.common import UserError, as_user_error, provenance, write_file
+from utils.common import READ_ERRORS, UserError, as_user_error, provenance, write_file
 
 VERSION = 2  # of the file's layout
 BUILDERS = {"etris": build_etris, "barleria": build_barleria, "detris": build_detris}
+# what build_model raises over values that it cannot use
+CONFIG_ERRORS = (*READ_ERRORS, RuntimeError, AttributeError, ZeroDivisionError)
 
 
 # ------------------------------------------------------------------------------------------- build
@@ -120,7 +122,22 @@ def read_checkpoint(path) -> dict:
         raise UserError(
             f"{path}: checkpoint version {file['version']}, this code reads {VERSION}: train again"
         )
+    with as_user_error(path, remedy):
+        check_layout(file)
     return file
+
+
+def check_layout(file):
+    """KeyError or ValueError where the file does not hold what save_checkpoint writes."""
+    for name in ("config", "tuned", "identity", "args"):
+        if not isinstance(file[name], dict):
+            raise ValueError(f"its {name} is a {type(file[name]).__name__}")
+    for name, tensor in file["tuned"].items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"its tuned {name} is no tensor")
+    for name in ("name", "sha256"):
+        if not isinstance(file["identity"][name], str):
+            raise ValueError(f"its backbone's {name} is no text")
 
 
 def load_checkpoint(path, weights=None, device="cpu", max_tokens=None) -> nn.Module:
@@ -149,12 +166,12 @@ def load_checkpoint(path, weights=None, device="cpu", max_tokens=None) -> nn.Mod
 def build_from_file(file, path, weights) -> nn.Module:
     """The model that a checkpoint of ours describes, with its trained tensors."""
     config = file["config"]
-    with as_user_error(path, "it is damaged: give another file", (*LOAD_ERRORS, ZeroDivisionError)):
-        if weights:
-            config = {**config, "weights": str(weights)}
+    if weights:
+        config = {**config, "weights": str(weights)}
+    with as_user_error(path, "it is damaged: give another file", CONFIG_ERRORS):
         model = build_model(**config)
-        count = sum(x.numel() for x in file["tuned"].values())
-        restore_trainable(model, file, path)
+    count = sum(x.numel() for x in file["tuned"].values())
+    restore_trainable(model, file, path)
     identity = model.backbone.identity
     print(
         f"{Path(path).name}: {count:,} trained parameters; frozen backbone: {identity['name']}, "
@@ -294,6 +311,8 @@ def resume_training(path, model, optimizer, scheduler, scaler, args) -> TrainSta
         if training["scaler"]:  # empty unless the run was in fp16 until now
             scaler.load_state_dict(training["scaler"])
         set_random_states(training["random"])
+        if not all(isinstance(x, int | float) for x in training["state"].values()):
+            raise ValueError("its state is not made of numbers")
         state = TrainState(**{**training["state"], "started": time.time()})
     # the loaded states carry the old command line's rates: set those of today's
     factor = scheduler.lr_lambdas[0](scheduler.last_epoch)

@@ -287,6 +287,7 @@ def train_model(run_args, model, train_set, device, dtype, bar, stop) -> TrainSt
         bar.update(state.global_step)
 
     samples = TrainDataset(train_set, run_args.size, run_args.words, run_args.seed)
+    step_model = torch.compile(model) if run_args.compile else model
     while state.global_step < run_args.steps:
         model.train()
         loader = train_loader(
@@ -299,7 +300,9 @@ def train_model(run_args, model, train_set, device, dtype, bar, stop) -> TrainSt
         )
         for batch in loader:
             batch = to_device(batch, device)
-            loss = train.train_step(model, batch, optimizer, scaler, dtype, run_args.accumulate)
+            loss = train.train_step(
+                step_model, batch, optimizer, scaler, dtype, run_args.accumulate
+            )
             train.check_numbers(loss, scaler, state, batch)
             scheduler.step()
             state.count_step(loss)

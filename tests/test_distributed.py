@@ -10,11 +10,12 @@ import time
 
 import pytest
 import torch
-from test_train import FAST
 from torch import nn
 
+import train
 from checkpoint import build_model, read_checkpoint
 from data import epoch_batches
+from test_train import FAST, run, same, step_of
 from utils import distributed
 from utils.common import ROOT
 
@@ -113,16 +114,68 @@ def test_torchrun_trains_one_run(tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["refs"] == 8
 
 
+def interrupt_after_first_save(process, last):
+    """Wait for last.pt, send Ctrl-C to all processes; returns their output and errors."""
+    end = time.time() + 240
+    while not last.exists() and time.time() < end:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    return process.communicate(timeout=120)
+
+
 def test_ctrl_c_stops_all_processes_after_the_same_step(tmp_path):
     last = tmp_path / "run" / "last.pt"
     with started(tmp_path / "run", "--steps", "5000") as process:
-        end = time.time() + 240
-        while not last.exists() and time.time() < end:
-            time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGINT)
-        output, errors = process.communicate(timeout=120)
+        output, errors = interrupt_after_first_save(process, last)
     assert read_checkpoint(last)["training"]["state"]["global_step"] >= 2
     assert output.count("go on with --resume") == 1 and "Traceback" not in output, errors
+
+
+def test_a_run_of_two_processes_stopped_and_resumed_is_the_whole_one(tmp_path):
+    """Bit-identical, wherever the signal arrives; one process can go on with it."""
+    more = ("--steps", "8")
+    parts = tmp_path / "parts"
+    with started(tmp_path / "whole", *more) as process:
+        _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    with started(parts, *more) as process:
+        interrupt_after_first_save(process, parts / "last.pt")
+    with started(parts, *more, "--resume") as process:
+        _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    whole = read_checkpoint(tmp_path / "whole" / "last.pt")
+    assert same(whole, read_checkpoint(parts / "last.pt"))
+    assert step_of(run(parts, "--steps", 10, "--resume")) == 10
+    lines = [json.loads(line) for line in (parts / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["processes"] == 2
+    assert [line["step"] for line in lines[1:]] == [2, 4, 6, 8, 10]
+
+
+class Enough(Exception):
+    pass
+
+
+def always(value):
+    return lambda: value
+
+
+def test_each_process_has_its_own_dropout(tmp_path, monkeypatch):
+    """A million seeds for every rank, one for each step that a run may be resumed at."""
+    run(tmp_path, "--steps", 2)
+    seeds = []
+
+    def first_step(*args):
+        seeds.append(torch.initial_seed())
+        raise Enough
+
+    monkeypatch.setattr(train, "train_step", first_step)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back: ranks above 0 silence it
+    for rank in (1, 2):
+        monkeypatch.setattr(distributed, "rank", always(rank))
+        for more in (["--out", str(tmp_path / "new")], ["--out", str(tmp_path), "--resume"]):
+            with pytest.raises(Enough):
+                train.main([*FAST, "--steps", "4", *more])
+    assert seeds == [1_000_000, 1_000_002, 2_000_000, 2_000_002]
 
 
 def test_a_batch_that_processes_cannot_share_equally_is_one_line(tmp_path):

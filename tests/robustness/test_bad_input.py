@@ -106,7 +106,7 @@ def shell(tmp_path_factory):
             argv = argv.split()
         process = context.Process(target=child, args=(argv, str(folder), str(log), max_bytes))
         process.start()
-        process.join(600)
+        process.join(300)
         process.kill()
         out = log.with_suffix(".out").read_text(errors="replace")
         err = log.with_suffix(".err").read_text(errors="replace")

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from utils.tokenizer import padding_mask, tokenize, tokenizer
+from utils.tokenizer import count_truncated, padding_mask, tokenize, tokenizer
 
 
 def awkward_strings():
@@ -43,6 +43,12 @@ def test_a_long_sentence_is_cut_and_still_ends():
     """Ten words into six tokens: start, four words, end."""
     row = tokenize("one two three four five six seven eight nine ten", 6)[0].tolist()
     assert row[0] == 49406 and row[-1] == 49407 and len(row) == 6
+
+
+def test_sentences_over_the_limit_are_counted():
+    """start + one + two + end = 4 tokens: fits into 4, not into 3."""
+    assert count_truncated(["one two", "one"], 4) == 0
+    assert count_truncated(["one two", "one"], 3) == 1
 
 
 def test_padding_is_what_follows_the_end_not_id_zero():
