@@ -33,12 +33,14 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 class MultiHeadAttention(nn.Module):
     """softmax(q kᵀ / √d) v in several heads; subclasses own the projections.
 
+    dropout: the probability that training drops an attention weight.
     save_attention = True leaves the last attention weights, (B, heads, N, M), in attention_weights.
     """
 
-    def __init__(self, heads: int):
+    def __init__(self, heads: int, dropout: float = 0.0):
         super().__init__()
         self.heads = heads
+        self.dropout = dropout
         self.save_attention = False
         self.attention_weights = None
 
@@ -55,6 +57,7 @@ class MultiHeadAttention(nn.Module):
             scores = scores.masked_fill(~attn_mask, float("-inf"))
         weights = scores.softmax(-1)
         self.attention_weights = weights.detach() if self.save_attention else None
+        weights = F.dropout(weights, self.dropout, self.training)
         out = weights.to(v.dtype) @ v
         return out.transpose(1, 2).flatten(2)  # (B, N, D)
 
@@ -62,11 +65,11 @@ class MultiHeadAttention(nn.Module):
 class Attention(MultiHeadAttention):
     """Multi-head attention with the parameter names of torch.nn.MultiheadAttention."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
         if width % heads:
             reason = f"{heads} attention heads do not divide a width of {width}"
             raise UserError(f"{reason}: choose another --heads")
-        super().__init__(heads)
+        super().__init__(heads, dropout)
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -100,10 +103,9 @@ def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
     side = round((positions.shape[0] - 1) ** 0.5)
     if (side, side) == (height, width):
         return positions
-    grid = positions[1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, n, n)
+    grid = positions[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, n, n)
     grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
-    grid = grid.flatten(2)[0].mT.to(positions.dtype)  # (H·W, D)
-    return torch.cat([positions[:1], grid])
+    return torch.cat([positions[:1], grid.flatten(2)[0].mT])
 
 
 # ---------------------------------------------------------------------------- image encoder: ResNet

@@ -12,7 +12,7 @@ import functools
 import json
 import pickle
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from clip_model import PIXEL_MEAN, PIXEL_STD
 from toy.scenes import FLAVOURS, SPLITS, Scenes
 from utils.common import READ_ERRORS, SEED, Parser, UserError, as_user_error, command, integer
 from utils.distributed import rank, world_size
-from utils.images import decode_segmentation, read_image, resize, to_mask
+from utils.images import decode_segmentation, file_inside, read_image, resize, to_mask
 from utils.plots import contact_sheet
 from utils.tokenizer import is_blank, tokenize
 
@@ -41,6 +41,7 @@ PICKLE_ERRORS = (*READ_ERRORS, pickle.UnpicklingError, AttributeError, MemoryErr
 MEAN = 255 * torch.tensor(PIXEL_MEAN).view(3, 1, 1)
 STD = 255 * torch.tensor(PIXEL_STD).view(3, 1, 1)
 tokenize_cached = functools.lru_cache(maxsize=2**16)(tokenize)
+copy_once = functools.cache(Tensor.to)  # each copy would wait for all that the GPU does
 
 
 # ---------------------------------------------------------------------------------------- datasets
@@ -202,7 +203,7 @@ def read_refer(name, data) -> list[Sample]:
         instances = json.loads(instances_file.read_text(encoding="utf-8"))
         images = {}
         for row in instances["images"]:
-            file_name = Path(row["file_name"]).name
+            file_name = PureWindowsPath(row["file_name"]).name  # / and \ part folders
             if len(file_name.encode()) > 255:
                 raise ValueError("an image's name is longer than any file's")
             path = data / "images" / "train2014" / file_name
@@ -254,16 +255,13 @@ def read_folder(folder, skipped=None) -> list[Sample]:
 def parse_record(record, folder, index, image_ids) -> Sample:
     """One line of refs.jsonl → Sample; ref_id, sent_ids and split have defaults."""
     sentences = record["sentences"]
-    if not isinstance(sentences, list) or any(is_blank(sentence) for sentence in sentences):
-        raise ValueError("sentences must be a list, and none of them empty")
-    image = record["image"]
-    mask = record["mask"]
-    for file in (Path(image), Path(mask)):
-        if file.is_absolute() or ".." in file.parts or not (folder / file).is_file():
-            raise ValueError(f"{file} is not a file inside the folder")
+    is_text = isinstance(sentences, list) and all(isinstance(text, str) for text in sentences)
+    if not is_text or any(is_blank(text) for text in sentences):
+        raise ValueError("sentences must be a list of texts, and none of them empty")
+    image = file_inside(folder, record["image"])
     return Sample(
-        image=folder / image,
-        mask=folder / mask,
+        image=image,
+        mask=file_inside(folder, record["mask"]),
         sentences=tuple(sentences),
         sent_ids=tuple(record.get("sent_ids", range(len(sentences)))),
         ref_id=record.get("ref_id", index),
@@ -323,8 +321,8 @@ def unletterbox(maps, box) -> Tensor:
 
 def normalize(images) -> Tensor:
     """uint8 (B, 3, S, S) → float32 on the same device, normalized as CLIP's images were."""
-    mean = MEAN.to(images.device, non_blocking=True)
-    std = STD.to(images.device, non_blocking=True)
+    mean = copy_once(MEAN, images.device)
+    std = copy_once(STD, images.device)
     return (images.float() - mean) / std
 
 

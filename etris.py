@@ -13,6 +13,8 @@ h w the decoder's grid (S/16 each way) · N = h·w pixel positions · d bridge w
 Where the paper and the authors' code disagree, we follow the code; `# differs:` says so.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,8 +30,8 @@ class Interactor(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int = 128, dropout: float = 0.1):
         super().__init__()
-        self.self_attn = Attention(width, heads)
-        self.cross_attn = Attention(width, heads)
+        self.self_attn = Attention(width, heads, dropout)
+        self.cross_attn = Attention(width, heads, dropout)
         self.linear1 = nn.Linear(width, hidden)
         self.linear2 = nn.Linear(hidden, width)
         self.norm1 = nn.LayerNorm(width)
@@ -73,7 +75,7 @@ def zoom_layer(in_channels: int, out_channels: int, factor: int, up: bool, norm:
 class Bridge(nn.Module):
     """One stage's bridge, equations 1–3: both streams → width d → interactors → residuals."""
 
-    def __init__(self, clip: CLIP, stage: int, width: int, heads: int, first: bool):
+    def __init__(self, clip: CLIP, stage: int, width: int, heads: int, first: bool, dropout=0.1):
         super().__init__()
         channels = clip.visual.channels[stage]
         strides = clip.visual.strides[stage], clip.visual.strides[1]
@@ -81,12 +83,13 @@ class Bridge(nn.Module):
         up = stage == 2  # the last stage's own grid is smaller
         is_vit = clip.config.patch_size is not None
         interactor = GatedInteractor if is_vit else Interactor
+        options = {} if is_vit else {"dropout": dropout}
         self.zoom_in = zoom_layer(channels, width, factor, up=up, norm=is_vit)
         self.zoom_out = zoom_layer(width, channels, factor, up=not up, norm=is_vit)
         self.linear_in = nn.Linear(clip.config.text_width, width)
         self.linear_out = nn.Linear(width, clip.config.text_width)
-        self.interact_v = interactor(width, heads)
-        self.interact_t = interactor(width, heads)
+        self.interact_v = interactor(width, heads, **options)
+        self.interact_t = interactor(width, heads, **options)
         self.norm_v = nn.Identity() if first else nn.LayerNorm(width)
         self.norm_t = nn.Identity() if first else nn.LayerNorm(width)
         for module in self.modules():
@@ -112,14 +115,15 @@ class Bridge(nn.Module):
         return delta_v, delta_t, (x, y)
 
 
-def build_bridger(clip: CLIP, width: int, heads: int | None, stages) -> nn.ModuleDict:
+def build_bridger(clip: CLIP, width: int, heads: int | None, stages, dropout=0.1):
     """Bridges for the given stages, by stage number."""
     if heads is None:  # the authors', at width 64; fewer where a head would be narrower than theirs
         most = 4 if clip.config.patch_size is None else 8
         heads = min(most, max(1, most * width // 64))
     bridger = nn.ModuleDict()
     for stage in stages:
-        bridger[str(stage)] = Bridge(clip, stage, width, heads, first=stage == stages[0])
+        first = stage == stages[0]
+        bridger[str(stage)] = Bridge(clip, stage, width, heads, first, dropout)
     return bridger
 
 
@@ -178,18 +182,21 @@ class HierarchicalAlignment(nn.Module):
         return self.coordinates(merged)
 
 
-def sine_positions(count: int, width: int, device=None) -> Tensor:
+def sine_positions(count: int, width: int, device=None, released=False) -> Tensor:
     """(count, width): sin and cos by turns, frequencies 10000^(−2k/width), positions 0, 1, 2, …"""
     positions = torch.arange(count, device=device)
     exponents = torch.arange(0, width, 2, device=device) / width
-    angles = positions[:, None] * 10000.0**-exponents
+    frequencies = 10000.0**-exponents
+    if released:  # the same numbers, rounded as the original's
+        frequencies = torch.exp(-math.log(10000) * exponents)
+    angles = positions[:, None] * frequencies
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
-def sine_grid(height: int, width: int, channels: int, device=None) -> Tensor:
+def sine_grid(height: int, width: int, channels: int, device=None, released=False) -> Tensor:
     """(H·W, channels): the first half of the channels counts columns (x), the second rows (y)."""
-    x = sine_positions(width, channels // 2, device)
-    y = sine_positions(height, channels // 2, device)
+    x = sine_positions(width, channels // 2, device, released)
+    y = sine_positions(height, channels // 2, device, released)
     return torch.cat([x.repeat(height, 1), y.repeat_interleave(width, dim=0)], dim=1)
 
 
@@ -198,8 +205,8 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, width: int, heads: int = 8, dropout: float = 0.1):
         super().__init__()
-        self.self_attn = Attention(width, heads)
-        self.cross_attn = Attention(width, heads)
+        self.self_attn = Attention(width, heads, dropout)
+        self.cross_attn = Attention(width, heads, dropout)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
@@ -224,18 +231,19 @@ class DecoderLayer(nn.Module):
 class GlobalAlignment(nn.Module):
     """GA, equation 8. differs: the paper attends to the sentence F_s, the code to the words."""
 
-    def __init__(self, clip: CLIP, layers: int = 3):
+    def __init__(self, clip: CLIP, dropout=0.1, released=False, layers: int = 3):
         super().__init__()
         width = clip.config.text_width
         heads = max(1, min(8, width // 32))  # the authors' 8; fewer where a head would be narrow
-        self.layers = nn.ModuleList([DecoderLayer(width, heads) for _ in range(layers)])
+        self.layers = nn.ModuleList([DecoderLayer(width, heads, dropout) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
+        self.released = released  # positions rounded as the original's
 
     def forward(self, features, words, key_padding_mask):
         """features (B, D, h, w), words (B, L, D), key_padding_mask (B, L) → F_c (B, D, h, w)."""
         B, D, h, w = features.shape
-        pixel_positions = sine_grid(h, w, D, features.device)  # (N, D)
-        word_positions = sine_positions(words.shape[1], D, features.device)  # (L, D)
+        pixel_positions = sine_grid(h, w, D, features.device, self.released)  # (N, D)
+        word_positions = sine_positions(words.shape[1], D, features.device, self.released)  # (L, D)
         x = features.flatten(2).mT  # (B, N, D)
         for layer in self.layers:
             x = layer(x, words, key_padding_mask, pixel_positions, word_positions)
@@ -276,7 +284,8 @@ def text_to_pixel_loss(logits: Tensor, masks: Tensor, nearest: bool = False) -> 
     pixels, in the original the top-left one (nearest=True), up to 3 pixels off (ledger).
     """
     targets = F.interpolate(masks, logits.shape[2:], mode="nearest" if nearest else "area")
-    return F.binary_cross_entropy_with_logits(logits.float(), targets)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # out of half precision
+    return F.binary_cross_entropy_with_logits(logits, targets)
 
 
 # ---------------------------------------------------------------------------------- the whole model
@@ -384,11 +393,10 @@ class ETRIS(nn.Module):
         self.record("sentence", sentence)
         return self.projector(features, sentence)
 
-    def record(self, name: str, x: Tensor) -> Tensor:
-        """Keep an intermediate result for `activations`; returns it."""
+    def record(self, name: str, x: Tensor):
+        """Keep an intermediate result for `activations`."""
         if self.recorded is not None:
             self.recorded[name] = x.detach()
-        return x
 
     @torch.no_grad()
     def activations(self, images, tokens) -> dict[str, Tensor]:
@@ -442,6 +450,7 @@ def build_etris(
     heads: int | None = None,
     stages: tuple[int, ...] = (0, 1, 2),
     dropout: float = 0.1,
+    bridge_dropout: float | None = None,
     released: bool = False,
     train_positions: bool | None = None,
     connect: bool = False,
@@ -449,6 +458,7 @@ def build_etris(
 ) -> ETRIS:
     """ETRIS around a frozen CLIP, in training mode; width, heads and stages are the Bridger's.
 
+    bridge_dropout: the Bridger's, 0.1 in the original; as `dropout`, the decoder's, unless given.
     released: what the authors released; else the last three, whose defaults are ours (ledger).
     """
     check_size(clip, size)
@@ -465,11 +475,13 @@ def build_etris(
             clip.visual.positional_embedding = nn.Parameter(positions)
 
     # before the Bridger, so that a seed gives the same decoder with and without one
-    decoder = HierarchicalAlignment(clip), GlobalAlignment(clip), Projector(clip)
+    decoder = HierarchicalAlignment(clip), GlobalAlignment(clip, dropout, released), Projector(clip)
     branch = None
     if connect and not is_vit:
         branch = conv_bn(clip.visual.channels[2], clip.config.embed_dim)[:2]  # without the ReLU
-    bridger = build_bridger(clip, width, heads, stages)
+    if bridge_dropout is None:
+        bridge_dropout = dropout
+    bridger = build_bridger(clip, width, heads, stages, bridge_dropout)
     model = ETRIS(clip, bridger, *decoder, branch, size, max_tokens)
 
     for parameter in positional_embeddings(clip):
@@ -478,9 +490,6 @@ def build_etris(
         scale_down_init(model)
     elif branch is not None:
         branch.requires_grad_(False)  # random and never trained: ledger 10c
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
     model.align_corners = released
     model.mask_padding = mask_padding
     options = {"train_positions": train_positions, "connect": connect, "mask_padding": mask_padding}

@@ -43,7 +43,8 @@ def attend(self, q, k, v, attn_mask=None):
     q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
     k = k.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, M, d)
     v = v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+    dropout_p = self.dropout if self.training else 0.0
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
     return out.transpose(1, 2).flatten(2)  # (B, N, D)
 
 
@@ -232,3 +233,19 @@ def swap(module: nn.Module, name: str, method, on: bool):
         setattr(module, name, method)
     else:
         vars(module).pop(name, None)
+
+
+# ------------------------------------------------------------------------------------ torch.compile
+def compile_if_possible(model: nn.Module, device) -> nn.Module:
+    """torch.compile(model); where this machine has no working compiler, `model`, said in a line."""
+
+    def small(x):
+        return (x.sin() + 1).sum()
+
+    try:
+        torch.compile(small)(torch.ones(8, device=device))
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:100]
+        print(f"--compile: no working compiler on this machine ({reason}): going on without")
+        return model
+    return torch.compile(model)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from checkpoint import load_checkpoint
 from data import letterbox, normalize, unletterbox
@@ -28,7 +28,7 @@ from utils.common import (
     warn,
     write_file,
 )
-from utils.images import read_image, to_rgb
+from utils.images import is_image_name, read_image, read_pil
 from utils.plots import draw_pairs, overlay, write_png
 from utils.tokenizer import count_truncated, is_blank, tokenize
 
@@ -75,7 +75,7 @@ def probabilities(model, image, sentences) -> np.ndarray:
     finally:
         model.train(was_training)
     maps = unletterbox(torch.cat(maps), box)  # (K, H, W)
-    return maps.clamp(0, 1).cpu().numpy()
+    return maps.clamp_(0, 1).cpu().numpy()
 
 
 def as_image(image) -> np.ndarray:
@@ -88,7 +88,9 @@ def as_image(image) -> np.ndarray:
             wanted = "give uint8 (H, W), (H, W, 3) or (H, W, 4)"
             raise UserError(f"an array of {image.dtype} {image.shape}: {wanted}")
         image = Image.fromarray(image)
-    return to_rgb(ImageOps.exif_transpose(image))
+    if not isinstance(image, Image.Image):
+        raise UserError(f"{type(image).__name__}: give a path, a PIL image or a uint8 array")
+    return read_pil(image)
 
 
 def draw_predictions(model, dataset, path, count=6, threshold=THRESHOLD):
@@ -108,16 +110,33 @@ def mask_paths(path, count) -> list[Path]:
 
 
 def images_in(folder) -> dict[str, Path]:
-    """{name of its results: path} for every image of a folder.
+    """{name of its results: path} for every image of a folder; what is left out is said.
 
     The name is the file's without its ending, unless two files would get the same.
     """
-    endings = set(Image.registered_extensions())
-    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in endings)
+    entries = sorted(Path(folder).iterdir())
+    files = [path for path in entries if not path.is_dir()]
+    paths = [path for path in files if is_image_name(path)]
+    others = [path.name for path in files if not is_image_name(path)]
+    folders = [path.name for path in entries if path.is_dir()]
+    if others:
+        count = f"{len(others)} of {len(files)} files are no images that can be read here"
+        others = f"{count}: {shorten(others)}"
     if not paths:
-        raise UserError(f"{folder} holds no image")
+        save = f". {others}: save photographs as JPEG or PNG" if others else ""
+        raise UserError(f"{folder} holds no image{save}")
+    if others:
+        print(f"{folder}: {others}")
+    if folders:
+        print(f"{folder}: folders inside are not looked into: {shorten(folders)}")
     stems = [path.stem for path in paths]
     return {path.stem if stems.count(path.stem) == 1 else path.name: path for path in paths}
+
+
+def shorten(names, count=5) -> str:
+    """The first names, and how many there are more."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def output_paths(args) -> list[tuple]:

@@ -28,7 +28,7 @@ import data
 from clip_model import CLIP_CONFIGS
 from etris import text_to_pixel_loss
 from evaluate import evaluate, grid_ceiling
-from fast import set_fast
+from fast import compile_if_possible, set_fast
 from methods.peft import METHODS
 from predict import draw_predictions
 from toy.scenes import FLAVOURS
@@ -370,7 +370,8 @@ def main(argv=None):
         common.seed_all(args.seed + 10**6 * distributed.rank() + state.global_step)
     if distributed.rank() == 0:
         checkpoint.open_run_folder(args, model, distributed.world_size())
-    train_model = distributed.wrap(torch.compile(model) if args.compile else model)
+    compiled = compile_if_possible(model, device) if args.compile else model
+    train_model = distributed.wrap(compiled)
     samples = data.TrainDataset(train_set, args.size, args.words, args.seed)
     bar = tqdm(total=total_steps, initial=state.global_step, miniters=10, file=sys.stdout)
 

@@ -48,8 +48,8 @@ def make_ladder(model, device, compiled=False) -> dict[str, StepOptions]:
         if trick in present:
             rung = rung._replace(classes=(*rung.classes, trick))
             ladder[f"+ {trick.__name__}"] = rung
-    dtype, _ = pick_dtype(device, "auto")
-    ladder["fast"] = fast = rung._replace(channels_last=True, dtype=dtype)
+    fast = rung._replace(channels_last=True, dtype=pick_dtype(device, "auto")[0])
+    ladder["fast"] = fast
     ladder["fast + bf16"] = fast._replace(dtype=torch.bfloat16)
     if compiled:
         ladder["fast + compile"] = fast._replace(compile=True)
@@ -80,7 +80,7 @@ class Bench:
 
     def apply(self, options):
         """Put model and batch into the state of `options`; not part of a step's time."""
-        if options == self.options:  # a compiled step need not be compiled again
+        if options == self.options:
             return
         self.options = options
         set_fast(self.model, False)
@@ -93,8 +93,8 @@ class Bench:
         """Seconds of one training step."""
         self.apply(options)
         model = self.compiled if options.compile else self.model
-        half = options.dtype is torch.float16
-        scaler = torch.amp.GradScaler(self.device.type, init_scale=1.0, enabled=half)
+        is_fp16 = options.dtype is torch.float16
+        scaler = torch.amp.GradScaler(self.device.type, init_scale=1.0, enabled=is_fp16)
         start = self.now()
         train.train_step(model, self.batch, self.optimizer, scaler, options.dtype)
         return self.now() - start
@@ -137,21 +137,21 @@ def step_rows(bench, ladder, seconds) -> list[dict]:
     """A training step, plain beside fast; then the ladder, each rung against plain."""
     steps = {name: partial(bench.step, options) for name, options in ladder.items()}
     compiled = {name: steps.pop(name) for name in ladder if ladder[name].compile}
-    rungs = interleave(steps, seconds) | interleave(compiled, seconds)
-    plain = rungs["plain"]
-    for name, row in rungs.items():
-        row["speedup"] = plain["seconds"] / row["seconds"]
-        row["memory_mb"] = bench.memory(ladder[name])
-    more = {f"plain_{key}": plain[key] for key in ("seconds", "quartiles", "memory_mb")}
-    rows = [{"row": "train_step", **rungs["fast"], **more}]
+    rungs = {}
+    for functions in (steps, compiled):  # apart: after another variant it would compile again
+        for name, row in interleave(functions, seconds).items():
+            row["memory_mb"] = bench.memory(ladder[name])
+            row["speedup"] = rungs.get("plain", row)["seconds"] / row["seconds"]
+            rungs[name] = row
+    plain = {f"plain_{key}": rungs["plain"][key] for key in ("seconds", "quartiles", "memory_mb")}
+    rows = [{"row": "train_step", **rungs["fast"], **plain}]
     return rows + [{"row": f"ladder: {name}", **row} for name, row in rungs.items()]
 
 
 def data_row(bench, step_seconds, count=4) -> dict:
     """Loading a batch in the training process, and its share of the time of a step with it."""
-    size = bench.args.size
-    dataset = open_dataset("scenes", "train", limit=count * bench.batch_size, side=size)
-    samples = TrainDataset(list(dataset), size, bench.args.words)  # scenes are drawn here
+    dataset = open_dataset("scenes", "train", limit=count * bench.batch_size, side=bench.args.size)
+    samples = TrainDataset(list(dataset), bench.args.size, bench.args.words)  # scenes drawn
     start = bench.now()
     for batch in train_loader(samples, bench.batch_size, epoch=0):
         to_device(batch, bench.device)

@@ -202,7 +202,8 @@ class SideNetwork(nn.Module):
             out = block(x, priors[i])
             if self.training:  # both ends are detached: this trains `linear` alone
                 predicted = self.feedback[i].linear(out.detach())
-                error = F.mse_loss(predicted.float(), x.detach().float())
+                dtype = torch.promote_types(x.dtype, torch.float32)  # out of half precision
+                error = F.mse_loss(predicted.to(dtype), x.detach().to(dtype))
                 reconstruction = reconstruction + error
             x = self.fuse(i + 1, out, clip_maps) if i < 3 else out
         self.reconstruction = reconstruction
@@ -354,15 +355,12 @@ def build_barleria(
         over_batch = released
 
     # the decoder first: a seed gives it the same initial weights as in ETRIS
-    decoder = HierarchicalAlignment(clip), GlobalAlignment(clip), Projector(clip)
+    decoder = HierarchicalAlignment(clip), GlobalAlignment(clip, dropout, released), Projector(clip)
     side = SideNetwork(clip, size, width, over_batch) if global_prior else None
     model = BarLeRIa(clip, *decoder, side, both_ways, size, max_tokens)
     for parameter in positional_embeddings(clip):
         parameter.requires_grad_(released)
     if not released:
         scale_down_init(model)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
     model.align_corners = released
     return model.train()

@@ -119,8 +119,6 @@ class DenseAligner(nn.Module):
     """Beside a frozen MLP: down to rank r, dense branches over the grid, attention to words, up.
 
     The class token and the registers skip the middle, so they come out as up(2z).
-    differs: in training the original also drops one in ten attention weights; our attention has no
-    such dropout.
     """
 
     def __init__(
@@ -131,6 +129,7 @@ class DenseAligner(nn.Module):
         prefix_tokens: int = 5,
         width: int = 128,
         heads: int = 8,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.prefix_tokens = prefix_tokens
@@ -140,7 +139,7 @@ class DenseAligner(nn.Module):
         self.image = nn.Linear(rank, width)
         self.text = nn.Linear(text_width, width)
         self.back = nn.Linear(width, rank)
-        self.cross_attn = Attention(width, heads)
+        self.cross_attn = Attention(width, heads, dropout)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -302,16 +301,17 @@ def build_detris(
 
     # the decoder first: a seed gives it the same initial weights as in ETRIS
     hierarchical_alignment = HierarchicalAlignment(clip)
-    global_alignment = GlobalAlignment(clip)
+    global_alignment = GlobalAlignment(clip, dropout, released)
     projector = Projector(clip)
     # DINO's last map is not in the joint space, so it has C channels, not E
     hierarchical_alignment.project[2] = conv_bn(C, D, conv=nn.ConvTranspose2d)
     coordinates = hierarchical_alignment.coordinates
     hierarchical_alignment.coordinates = ResidualCoordinates(*coordinates)
 
+    aligner_options = {"prefix_tokens": dino.prefix_tokens, "dropout": dropout}
     model = DETRIS(
         clip,
-        {str(i): DenseAligner(C, D, width, dino.prefix_tokens) for i in aligners},
+        {str(i): DenseAligner(C, D, width, **aligner_options) for i in aligners},
         {str(i): TextAdapter(D, text_rank) for i in adapters},
         hierarchical_alignment,
         global_alignment,
@@ -321,9 +321,6 @@ def build_detris(
     )
     if not released:
         scale_down_init(model)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = dropout
     model.align_corners = released
     return model.train()
 

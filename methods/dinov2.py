@@ -171,7 +171,7 @@ class DINO(nn.Module):
         side = self.config.image_size // self.patch_size
         if (h, w) == (side, side):
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].mT.unflatten(2, (side, side)).float()  # (1, C, side, side)
+        grid = self.pos_embed[:, 1:].mT.unflatten(2, (side, side))  # (1, C, side, side)
         scale_factor = ((h + 0.1) / side, (w + 0.1) / side)
         grid = F.interpolate(grid, scale_factor=scale_factor, mode="bicubic")
         return torch.cat([self.pos_embed[:, :1], grid.flatten(2).mT], dim=1)

@@ -20,7 +20,14 @@ from clip_model import CLIP, Attention, CLIPConfig, build_clip, init_by_name
 from data import open_dataset
 from etris import Gate, Projector, build_etris, text_to_pixel_loss
 from evaluate import evaluate
-from fast import FAST, FOLDED, FoldedPair, conv3x3_after_upsample, set_fast
+from fast import (
+    FAST,
+    FOLDED,
+    FoldedPair,
+    compile_if_possible,
+    conv3x3_after_upsample,
+    set_fast,
+)
 from methods.peft import apply_tuning, parse_tuning
 from utils.tokenizer import tokenize
 
@@ -506,3 +513,19 @@ def test_compiling_leaves_names_and_numbers(monkeypatch, tmp_path):
         states.append({name: x.double() for name, x in file["tuned"].items()})
         assert len(compiled) == len(extra)
     assert_same(*states, 1e-4)
+
+
+def test_without_a_compiler_one_line_and_the_plain_call(monkeypatch, capsys):
+    """CASES 9: no compiler or no Triton on the machine must not end a run."""
+
+    def no_compiler(function):
+        def call(x):
+            raise torch._dynamo.exc.TorchDynamoException("no C++ compiler was found\nlong story")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    model = torch.nn.Linear(2, 2)
+    assert compile_if_possible(model, "cpu") is model
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "no C++ compiler was found" in said

@@ -1,6 +1,7 @@
-"""The notebooks: `check` says right, wrong and not yet, and what is committed is small and clean. .ci/run runs them.
+"""The notebooks: `check` says right, wrong and not yet, and what is committed is small and clean.
 
-The right answers are not those of notebooks/answers.py: every block of notebooks/solutions.md is run as it stands.
+.ci/run runs them. The right answers are not those of notebooks/answers.py: every block of
+notebooks/solutions.md is run as it stands.
 """
 
 import ast
@@ -8,13 +9,17 @@ import base64
 import importlib
 import json
 import re
+import subprocess
 import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from utils.common import ROOT
 
 pytest.importorskip("IPython", reason="the notebooks need jupyter")
-FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+FOLDER = ROOT / "notebooks"
 sys.path.insert(0, str(FOLDER))
 import matplotlib  # noqa: E402
 
@@ -22,27 +27,49 @@ matplotlib.use("Agg")
 import lesson  # noqa: E402
 
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-SOLUTIONS = re.findall(r"```python\n(.*?)```", (FOLDER / "solutions.md").read_text(encoding="utf-8"), re.DOTALL)
-FLAT = [path.stem for path in FOLDER.parent.glob("*.py")]
+SOLUTIONS = re.findall(
+    r"```python\n(.*?)```", (FOLDER / "solutions.md").read_text(encoding="utf-8"), re.DOTALL
+)
+MODULES = [path.stem for path in sorted(ROOT.glob("*.py"))]
+for package in ("experiments", "methods", "toy", "utils"):
+    for path in sorted((ROOT / package).glob("*.py")):
+        if path.stem != "__init__":
+            MODULES.append(f"{package}.{path.stem}")
 
 
 def cells(path, kind="code"):
-    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
 
 
 def source(cell):
     """A code cell as Python: lines of IPython's own (%…) left out."""
-    return "\n".join(line for line in "".join(cell["source"]).split("\n") if not line.startswith("%"))
+    lines = "".join(cell["source"]).split("\n")
+    return "\n".join(line for line in lines if not line.startswith("%"))
+
+
+def code(path):
+    return "\n".join(source(cell) for cell in cells(path))
+
+
+def prose(path):
+    return "\n".join("".join(cell["source"]) for cell in cells(path, "markdown"))
 
 
 def asked(path):
     """Names of the exercises that a notebook checks."""
-    return re.findall(r'check\(\s*"([^"]+)"', "\n".join(source(cell) for cell in cells(path)))
+    return re.findall(r'check\(\s*"([^"]+)"', code(path))
 
 
-# ---------------------------------------------------------------------------------------------------- check
+def name_of(path):
+    return path.stem
+
+
+# ------------------------------------------------------------------------------------------- check
 @pytest.mark.parametrize("name", lesson.EXERCISES)
-def test_the_right_answer_is_right_and_two_typical_wrong_ones_are_wrong_with_their_reason(name, capsys):
+def test_the_right_answer_is_right_and_two_typical_wrong_ones_are_wrong_with_their_reason(
+    name, capsys
+):
     exercise = lesson.EXERCISES[name]
     assert lesson.check(name, exercise.right) is True
     assert "right\n" in capsys.readouterr().out
@@ -71,8 +98,27 @@ class Hostile:
     __hash__ = None
 
 
-@pytest.mark.parametrize("answer", [None, "", "a word", float("nan"), [], {}, [[1], [2, 3]], object(), Hostile(), 1e400,
-                                    lambda: 0, lambda *_: 1 / 0, lambda *_: None, Exception, b"x", 1j])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        "",
+        "a word",
+        float("nan"),
+        [],
+        {},
+        [[1], [2, 3]],
+        object(),
+        Hostile(),
+        1e400,
+        lambda: 0,
+        lambda *_: 1 / 0,
+        lambda *_: None,
+        Exception,
+        b"x",
+        1j,
+    ],
+)
 def test_check_never_raises_and_calls_nothing_of_this_right(answer, capsys):
     for name in [*lesson.EXERCISES, "no such exercise"]:
         assert lesson.check(name, answer) is False
@@ -85,21 +131,28 @@ def test_a_partly_filled_answer_is_not_yet(capsys):
 
 
 def test_answers_may_come_as_list_tensor_or_array(capsys):
-    import numpy as np
-    import torch
-
-    for answer in ([1024, 26, 26], torch.Size([1024, 26, 26]), torch.tensor([1024, 26, 26]), np.array([1024, 26, 26])):
+    shape = (1024, 26, 26)
+    for answer in (list(shape), torch.Size(shape), torch.tensor(shape), np.array(shape)):
         assert lesson.check("01 RN101 stage 1", answer) is True
-    for answer in ({*range(8)}, [*range(8)], range(8)):
+    for answer in (set(range(8)), list(range(8)), range(8)):
         assert lesson.check("02 not causal", answer) is True
 
 
-# ---------------------------------------------------------------------------------------------------- solutions
-@pytest.mark.parametrize("block", SOLUTIONS, ids=lambda block: (re.findall(r'check\("([^"]+)"', block) or ["?"])[0])
+# --------------------------------------------------------------------------------------- solutions
+def first_exercise(block):
+    return (re.findall(r'check\("([^"]+)"', block) or ["?"])[0]
+
+
+@pytest.mark.parametrize("block", SOLUTIONS, ids=first_exercise)
 def test_every_solution_is_right_as_it_stands(block):
     found = []
-    check = lambda name, answer: found.append(lesson.check(name, answer))  # noqa: E731
-    exec(block, {"check": check, "lesson": type("", (), {"check": staticmethod(check)})})
+
+    class Lesson:
+        @staticmethod
+        def check(name, answer):
+            found.append(lesson.check(name, answer))
+
+    exec(block, {"check": Lesson.check, "lesson": Lesson})
     assert found and all(found)
 
 
@@ -109,52 +162,88 @@ def test_every_exercise_has_a_solution_and_stands_in_one_notebook():
     assert sorted(in_notebooks) == sorted(lesson.EXERCISES) == sorted(solved)
 
 
-# ---------------------------------------------------------------------------------------------------- notebooks
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+# --------------------------------------------------------------------------------------- notebooks
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_a_notebook_teaches_question_prediction_seeing_three_exercises_and_asserts(path):
-    text = "\n".join("".join(cell["source"]) for cell in cells(path, "markdown"))
+    text = prose(path)
     assert "**Question.**" in text and "**Predict" in text and "ou should see" in text
     assert len(asked(path)) >= 3
     assert sum("assert " in source(cell) for cell in cells(path)) >= 3
     assert 'sys.path.insert(0, "..")' in source(cells(path)[0])
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_a_notebook_is_committed_small_executed_and_clean(path):
     assert path.stat().st_size <= 500 * 1024
-    code, pictures = cells(path), 0
-    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
-    for output in [output for cell in code for output in cell["outputs"]]:
+    numbers = [cell["execution_count"] for cell in cells(path)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    images = 0
+    for output in [output for cell in cells(path) for output in cell["outputs"]]:
         assert output["output_type"] != "error" and output.get("name") != "stderr"
         data = output.get("data", {})
-        pictures += base64.b64decode(data.get("image/png", "")).startswith(b"\x89PNG")
+        images += base64.b64decode(data.get("image/png", "")).startswith(b"\x89PNG")
         text = "".join(output.get("text", [])) + "".join(data.get("text/plain", []))
-        assert not re.search(r"(^|[\s'\"(=])/(home|root|tmp|opt|usr|work|mnt|Users|var)/|[A-Z]:\\", text), text
+        folders = r"(^|[\s'\"(=])/(home|root|tmp|opt|usr|work|mnt|Users|var)/|[A-Z]:\\"
+        assert not re.search(folders, text), text
         assert not re.search(r"warning|traceback|it/s|step/s", text, re.IGNORECASE), text
         assert not re.search(r"^.*: right$", text, re.MULTILINE), "an exercise is committed solved"
-    assert pictures >= 1
+    assert images >= 1
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_names_a_notebook_imports_from_the_flat_files_exist(path):
-    used, nodes = 0, list(ast.walk(ast.parse("\n".join(source(cell) for cell in cells(path)))))
-    imported = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names if name.name in FLAT}
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_the_names_a_notebook_imports_from_the_project_exist(path):
+    imported = {}  # name in the notebook: module
+    used = 0
+    nodes = list(ast.walk(ast.parse(code(path))))
     for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node.module in FLAT:
-            used += 1
+        if isinstance(node, ast.Import):
             for name in node.names:
-                assert hasattr(importlib.import_module(node.module), name.name), f"{node.module}.{name.name}"
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
-            assert hasattr(importlib.import_module(node.value.id), node.attr), f"{node.value.id}.{node.attr}"
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):  # nothing of the flat files is written anew
-            named = {module: getattr(importlib.import_module(module), node.name, None) for module in FLAT}
-            flat = [module for module, what in named.items() if getattr(what, "__module__", None) == module]
-            assert not flat, f"{node.name} stands in {flat}"
+                if name.name in MODULES:
+                    imported[name.asname or name.name] = importlib.import_module(name.name)
+        if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            used += 1
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name), f"{node.module}.{name.name}"
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = imported.get(node.value.id)
+            assert module is None or hasattr(module, node.attr), f"{node.value.id}.{node.attr}"
     assert used
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_writes_nothing_of_the_project_anew(path):
+    for node in ast.walk(ast.parse(code(path))):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        for name in MODULES:
+            defined = getattr(importlib.import_module(name), node.name, None)
+            assert getattr(defined, "__module__", None) != name, f"{node.name} stands in {name}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_the_links_of_a_notebook_lead_somewhere(path):
-    text = "\n".join("".join(cell["source"]) for cell in cells(path, "markdown"))
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
+    for target in re.findall(r"\]\(([^)#]+)\)", prose(path)):
         assert target.startswith("http") or (FOLDER / target).exists(), target
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_the_commands_that_a_notebook_quotes_exist(path):
+    text = prose(path) + code(path)
+    for name in re.findall(r"python (\w+)\.py", text):
+        assert name in MODULES, name
+    for name in re.findall(r"python -m ([\w.]+)", text):
+        assert name in MODULES, name
+
+
+def test_a_notebook_starts_in_its_own_folder_and_in_the_projects():
+    """All begin with the same lines; whoever runs them finds the project and its files."""
+    beginnings = [source(cells(path)[0]).split("\n\n", 2)[:2] for path in NOTEBOOKS]
+    assert all(beginning == beginnings[0] for beginning in beginnings)
+    program = "\n\n".join(beginnings[0])
+    program += "\nfrom importlib.util import find_spec\nimport pathlib"
+    program += "\nassert find_spec('lesson') and find_spec('clip_model') and find_spec('toy')"
+    program += "\nassert pathlib.Path('../weights/etris-tiny.pt').exists()"
+    for folder in (FOLDER, ROOT):
+        subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)

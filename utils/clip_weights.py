@@ -179,7 +179,8 @@ def load_state_dict(path) -> dict:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit.load is deprecated, but reads OpenAI's archives
         if is_archive:
-            return dict(torch.jit.load(str(path), map_location="cpu").state_dict())
+            with open(path, "rb") as file:  # by name, Windows fails for letters such as ç and 流
+                return dict(torch.jit.load(file, map_location="cpu").state_dict())
         return dict(torch.load(str(path), map_location="cpu", weights_only=True))
 
 

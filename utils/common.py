@@ -234,11 +234,21 @@ def git_commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
+def command_line() -> str:
+    """The command as it was typed: python train.py …, or python -m experiments.reproduce …"""
+    path = Path(sys.argv[0])
+    program = path.name
+    if path.is_relative_to(ROOT) and path.parent != ROOT and path.suffix == ".py":
+        module = path.relative_to(ROOT).with_suffix("").parts
+        program = f"-m {'.'.join(module)}"
+    return " ".join(["python", program, *sys.argv[1:]])
+
+
 def provenance(seed: int, backbone: dict) -> dict:
     """Where numbers come from: command, commit, versions, hardware, seed, backbone identity."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "commit": git_commit(),
         "torch": torch.__version__,
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {gpu}",

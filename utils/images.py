@@ -3,33 +3,53 @@
 C channels · H W height and width of the image
 """
 
+import contextlib
+import functools
+import io
+import re
+import struct
 import warnings
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from pycocotools import mask as coco
 
 from utils.common import READ_ERRORS, as_user_error
 
-# Pillow's decoders of rare formats raise the last three, on files that are damaged or too large.
-IMAGE_ERRORS = (
-    *READ_ERRORS,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-    ArithmeticError,
-    MemoryError,
-    NotImplementedError,
-)
+# A small file can unpack to gigabytes. Pillow's own limit is 89 megapixels; phones have 200.
+MAX_MEGAPIXELS = 250
+Image.MAX_IMAGE_PIXELS = MAX_MEGAPIXELS * 10**6
+TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)
+# Pillow's decoders of rare formats raise the last two, on files that are damaged.
+IMAGE_ERRORS = (*READ_ERRORS, ArithmeticError, NotImplementedError)
+# Pillow names these formats, or writes them, but does not decode them.
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
+# Of a camera's raw file it would decode the preview.
+RAW_ENDINGS = {".arw", ".cr2", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"}
+
+ORIENTATION = 0x0112  # EXIF's tag; its value 1: as stored
+TURNS = {  # orientation: what makes the stored image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+INVERSE = {6: 8, 8: 6}  # the orientation that takes a turn back; each other one does so itself
+PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # chunks; eXIf: orientation
 
 
+# ------------------------------------------------------------------------------------------- modes
 def to_rgb(image) -> np.ndarray:
-    """PIL image → uint8 (H, W, 3). 16-bit gray becomes 8-bit, what is transparent becomes white."""
-    if image.mode.startswith("I"):
-        gray = np.asarray(image).clip(0, 65535) // 257
-        image = Image.fromarray(gray.astype(np.uint8))
+    """PIL image → uint8 (H, W, 3). Deep gray is scaled to 8 bits; what is transparent is white."""
+    if image.mode.startswith(("I", "F")):
+        gray = to_8_bits(np.asarray(image))
+        return np.repeat(gray[..., None], 3, axis=2)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -37,13 +57,99 @@ def to_rgb(image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
+def to_8_bits(values) -> np.ndarray:
+    """Gray of 16 bits, 32 bits or floats → uint8, by the range that its values use.
+
+    Ranges are 0..1 (floats), 0..255 and 0..65535. ValueError where none fits, or where 32 bits or
+    floats use so little of it that it may be another.
+    """
+    low = values.min()
+    high = values.max()
+    if not (low >= 0 and high <= 65535):  # with NaN
+        raise ValueError(f"gray values from {low} to {high}: save it with 0 to 255")
+    if values.dtype.kind == "f" and high <= 1:
+        gray = (255 * values).round()
+    elif high <= 255:
+        gray = values.round()
+    else:
+        gray = values // 257
+    if values.dtype.itemsize > 2 and high > 0 and gray.max() < 16:
+        raise ValueError(f"gray values up to {high}, of a range that is unclear: save it as 8 bits")
+    return gray.astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------- masks
 def to_mask(image) -> np.ndarray:
-    """PIL image → bool (H, W). Outside is 0, inside 255, or 1 throughout, as some tools write."""
-    values = np.asarray(image.convert("L"))
-    if not np.isin(values, [0, 255]).all() and not np.isin(values, [0, 1]).all():
+    """PIL image → bool (H, W). Outside is 0, inside 255, or 1 throughout, as some tools write.
+
+    Transparency: where the opaque pixels are of one color, they are the object. Otherwise the
+    colors tell, and transparent pixels are outside. ValueError for what stays ambiguous.
+    """
+    if image.mode.startswith(("I", "F")):
+        return two_levels(np.asarray(image), "values")
+    if not image.has_transparency_data:
+        return two_levels(to_gray(image), "values")
+    image = image.convert("RGBA")
+    alpha = np.asarray(image.getchannel("A"))
+    if alpha.min() == alpha.max() > 0:  # it says nothing
+        return two_levels(to_gray(image), "values")
+    opaque = two_levels(alpha, "transparency")
+    pixels = np.asarray(image.convert("RGB"))
+    shown = pixels[opaque]
+    hidden = pixels[~opaque]
+    if (shown != shown[:1]).any():
+        mask = np.zeros_like(opaque)
+        mask[opaque] = two_levels(to_gray(image)[opaque], "opaque values")
+        return mask
+    if not shown.any() and (hidden != hidden[:1]).any():
+        raise ValueError("colors and transparency of the mask disagree: save it as black and white")
+    return opaque
+
+
+def to_gray(image) -> np.ndarray:
+    """PIL image → uint8 (H, W). ValueError for one with colors."""
+    if image.mode in ("1", "L"):
+        return np.asarray(image.convert("L"))
+    pixels = np.asarray(image.convert("RGB"))
+    if (pixels != pixels[..., :1]).any():
+        raise ValueError("a mask is black and white, this one is colored")
+    return pixels[..., 0]
+
+
+def two_levels(values, what) -> np.ndarray:
+    """Whether each value is inside. ValueError unless there are two: 0, and 1 or the largest."""
+    inside = values.max()
+    levels = (0, 1, 255, 65535) if values.dtype.itemsize > 1 else (0, 1, 255)
+    if inside not in levels or not np.isin(values, [0, inside]).all():
         found = np.unique(values)[:6]
-        raise ValueError(f"a mask holds 0 and 255 only (as PNG, edges not softened), not {found}")
+        soft = f"a mask holds 0 and 255 only (as PNG, edges not softened), not {what} {found}"
+        raise ValueError(soft)
     return values > 0
+
+
+# ------------------------------------------------------------------------------------------- files
+def file_inside(folder, name) -> Path:
+    """The file `name` of a folder. A backslash parts folders as well: Windows writes it.
+
+    ValueError where there is no such file, or the name leads out of the folder.
+    """
+    for path in (Path(name), Path(PureWindowsPath(name).as_posix())):
+        leads_out = path.is_absolute() or ".." in path.parts
+        if not leads_out and (folder / path).is_file():
+            return folder / path
+    raise ValueError(f"{name} is not a file inside the folder")
+
+
+@functools.cache
+def image_endings() -> set[str]:
+    """The file endings of the formats that Pillow decodes here, such as .jpg."""
+    endings = Image.registered_extensions()
+    return {ending for ending, kind in endings.items() if kind not in NOT_DECODED}
+
+
+def is_image_name(path) -> bool:
+    """Whether a file is an image, by its name. macOS puts a hidden ._x.jpg beside x.jpg."""
+    return path.suffix.lower() in image_endings() and not path.name.startswith(".")
 
 
 def read_image(path, exif=True, convert=to_rgb) -> np.ndarray:
@@ -51,19 +157,175 @@ def read_image(path, exif=True, convert=to_rgb) -> np.ndarray:
 
     exif: turn the image as its EXIF orientation says. UserError names a file that cannot be read.
     """
-    with as_user_error(path, "check the path, or save it anew as PNG", errors=IMAGE_ERRORS):
+    with image_errors(path):
         if Path(path).stat().st_size == 0:
             raise ValueError("the file is empty")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # damaged EXIF around whole pixels
-            # a small file can unpack to gigabytes
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if exif:
-                    image = ImageOps.exif_transpose(image)
-                return convert(image)
+        if Path(path).suffix.lower() in RAW_ENDINGS:
+            raise ValueError("a camera's raw file")
+        return decode_image(path, exif, convert)
 
 
+def read_pil(image) -> np.ndarray:
+    """A PIL image → uint8 (H, W, 3), upright. UserError where it cannot be read."""
+    width, height = image.size
+    with image_errors(f"the PIL image {image.mode} {width} × {height}"), quiet():
+        return to_rgb(oriented(image))
+
+
+@contextlib.contextmanager
+def image_errors(thing):
+    """What reading an image raises, as a UserError."""
+    smaller = f"scale it down, to {MAX_MEGAPIXELS} megapixels at most"
+    anew = "check the path, or save it anew as JPEG or PNG"
+    with as_user_error(thing, smaller, TOO_LARGE), as_user_error(thing, anew, IMAGE_ERRORS):
+        yield
+
+
+@contextlib.contextmanager
+def quiet():
+    """No warnings about damaged metadata around whole pixels; the limit of pixels is a limit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def decode_image(file, exif=True, convert=to_rgb) -> np.ndarray:
+    """`read_image` of a path or a BytesIO, with Pillow's own errors."""
+    with quiet():
+        return convert(open_image(file, functools.partial(oriented, exif=exif)))
+
+
+def read_shape(file) -> tuple[int, int, int]:
+    """Height and width of the stored image, and its EXIF orientation, of a path or a BytesIO."""
+    with quiet():
+        return open_image(file, stored_shape)
+
+
+def open_image(file, use):
+    """`use` of the PIL image in a file; where metadata cannot be read, of the image without it."""
+    try:
+        with Image.open(file) as image:
+            return use(image)
+    except IMAGE_ERRORS:
+        data = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+        bare = without_metadata(data)
+        with contextlib.suppress(*IMAGE_ERRORS), Image.open(io.BytesIO(bare)) as image:
+            return use(image)
+        raise
+
+
+# ---------------------------------------------------------------------------------------- metadata
+def oriented(image, exif=True):
+    """Load the pixels of a PIL image and turn it upright; with `exif` False, leave it as stored."""
+    orientation = find_orientation(image)
+    if hasattr(image, "tag_v2"):  # a TIFF, which Pillow turns while it loads it
+        with hidden_metadata(image, orientation):
+            image.load()
+        needed = 1 if exif else INVERSE.get(orientation, orientation)
+    else:
+        image.load()
+        needed = orientation if exif else 1
+    return image.transpose(TURNS[needed]) if needed in TURNS else image
+
+
+def stored_shape(image) -> tuple[int, int, int]:
+    """Height, width and orientation of a PIL image that is not loaded yet."""
+    width, height = image.size
+    if hasattr(image, "tag_v2"):  # image.size may be that of the upright image
+        width = image.tag_v2[256]
+        height = image.tag_v2[257]
+    return height, width, find_orientation(image)
+
+
+@contextlib.contextmanager
+def hidden_metadata(image, orientation):
+    """Let Pillow find the orientation alone where it reads all metadata of a TIFF."""
+    metadata = Image.Exif()
+    metadata[ORIENTATION] = orientation
+    xmp = image.info.pop("xmp", None)
+
+    def getexif():
+        return metadata
+
+    image.getexif = getexif
+    try:
+        yield
+    finally:
+        del image.getexif
+        if xmp is not None:
+            image.info["xmp"] = xmp
+
+
+def find_orientation(image) -> int:
+    """The EXIF orientation of a PIL image, 1 to 8, whatever else its metadata holds."""
+    if hasattr(image, "tag_v2"):
+        found = image.tag_v2.get(ORIENTATION)
+    else:
+        found = None
+        with contextlib.suppress(*IMAGE_ERRORS):
+            found = image.getexif().get(ORIENTATION)
+        if found is None:  # Pillow stops at the first damaged tag
+            found = parse_orientation(image.info.get("exif"))
+    return found if found in TURNS else 1
+
+
+def parse_orientation(block) -> int | None:
+    """The orientation in an EXIF block (bytes), of which nothing else is read."""
+    if not isinstance(block, bytes):
+        return None
+    block = re.sub(rb"^(Exif\0\0)+", b"", block)
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
+    with contextlib.suppress(struct.error):  # it ends early
+        (start,) = struct.unpack_from(f"{order}L", block, 4)
+        (count,) = struct.unpack_from(f"{order}H", block, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, values = struct.unpack_from(f"{order}HHL", block, entry)
+            if tag == ORIENTATION and kind in (3, 4) and values == 1:
+                form = {3: "H", 4: "L"}[kind]
+                return struct.unpack_from(order + form, block, entry + 8)[0]
+    return None
+
+
+def without_metadata(data: bytes) -> bytes:
+    """A JPEG's or PNG's bytes, less what neither pixels nor orientation need."""
+    kept = [data]
+    with contextlib.suppress(struct.error):  # it ends early
+        if data.startswith(b"\x89PNG\r\n\x1a\n"):
+            kept = [data[:8], *png_chunks(data)]
+        elif data.startswith(b"\xff\xd8"):
+            kept = [data[:2], *jpeg_segments(data)]
+    return b"".join(kept)
+
+
+def png_chunks(data):
+    """The chunks of a PNG that its pixels and its orientation need."""
+    start = 8
+    while start < len(data):
+        (length,) = struct.unpack_from(">L", data, start)
+        end = start + 12 + length
+        if data[start + 4 : start + 8] in PNG_PIXELS:
+            yield data[start:end]
+        start = end
+
+
+def jpeg_segments(data):
+    """The same of a JPEG: not the segments of applications (APP0 …) nor comments, except EXIF."""
+    start = 2
+    while data[start + 1] != 0xDA:  # the pixels come last
+        (length,) = struct.unpack_from(">H", data, start + 2)
+        end = start + 2 + length
+        marker = data[start + 1]
+        is_application = 0xE0 <= marker <= 0xEF or marker == 0xFE
+        is_exif = marker == 0xE1
+        is_adobe = marker == 0xEE and length >= 14  # says how colors are coded
+        if not is_application or is_exif or is_adobe:
+            yield data[start:end]
+        start = end
+    yield data[start:]
+
+
+# ---------------------------------------------------------------------------- resizing and drawing
 def resize(values, size, mode, antialias=True) -> torch.Tensor:
     """(C, H, W) → (C, *size), "bilinear" or "bicubic"; of that size already: bit for bit the same.
 

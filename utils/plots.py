@@ -16,6 +16,7 @@ from utils.common import write_file
 
 # Okabe and Ito's colors, which color-blind readers tell apart
 COLORS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
+FIGURE_SIDE = 960  # pixels of an image in a figure, at most
 DIGIT_COLUMNS = [*map(str, range(10)), "no digit", "nothing"]
 
 
@@ -45,20 +46,36 @@ def write_png(path, array):
     write_file(path, buffer.getvalue())
 
 
+def shrink(values) -> np.ndarray:
+    """uint8 (H, W) or (H, W, 3) → the same, or its averages where a side is over FIGURE_SIDE."""
+    height, width = values.shape[:2]
+    scale = FIGURE_SIDE / max(height, width)
+    if scale >= 1:
+        return values
+    size = (max(1, round(scale * width)), max(1, round(scale * height)))
+    return np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BOX))
+
+
+def shrink_mask(mask) -> np.ndarray:
+    """bool (H, W) → float32 0..1 at `shrink`'s size: the share of each pixel that is inside."""
+    return shrink(255 * mask.astype(np.uint8)).astype(np.float32) / 255
+
+
 def overlay(image, masks, sentences) -> bytes:
     """The image with each mask in its own color and a legend below, as the bytes of a PNG.
 
-    image: uint8 (H, W, 3); masks: one bool (H, W) per sentence.
+    image: uint8 (H, W, 3); masks: one bool (H, W) per sentence. All is drawn at the figure's size.
     """
     from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    blended = image.astype(float) / 255
+    blended = shrink(image).astype(np.float32) / 255
     handles = []
     for number, (mask, sentence) in enumerate(zip(masks, sentences, strict=True)):
         color = COLORS[number % len(COLORS)]
-        blended[mask] = 0.45 * blended[mask] + 0.55 * np.array(to_rgb(color))
+        share = 0.55 * shrink_mask(mask)[..., None]
+        blended = (1 - share) * blended + share * np.array(to_rgb(color), np.float32)
         text = label(sentence, 60)
         if not mask.any():
             text += " (nothing found)"
@@ -89,10 +106,13 @@ def contact_sheet(samples, out):
     figure = Figure((13, 3.4 * rows), dpi=100)
     for number, sample in enumerate(samples, start=1):
         axis = figure.add_subplot(rows, 4, number)
-        axis.imshow(sample.image)
-        # two outlines, to be seen on any color
-        axis.contour(sample.mask, [0.5], colors=["black"], linewidths=[3])
-        axis.contour(sample.mask, [0.5], colors=["white"], linewidths=[1])
+        axis.imshow(shrink(sample.image))
+        mask = shrink_mask(sample.mask)
+        # an outline needs two pixels each way, and something on either side of it
+        if min(mask.shape) > 1 and mask.min() < 0.5 < mask.max():
+            # two outlines, to be seen on any color
+            axis.contour(mask, [0.5], colors=["black"], linewidths=[3])
+            axis.contour(mask, [0.5], colors=["white"], linewidths=[1])
         axis.text(
             0.5,
             -0.03,
@@ -149,8 +169,8 @@ def draw_pairs(samples, predictions, path):
 
 def draw_mask(axis, image, mask, title):
     """Draw an image on a matplotlib axis, with the mask tinted and a title above."""
-    tint = np.ma.masked_equal(mask, False)
-    axis.imshow(image)
+    tint = np.ma.masked_equal(shrink_mask(mask) > 0.5, False)
+    axis.imshow(shrink(image))
     axis.imshow(tint, cmap="spring", alpha=0.6, interpolation="nearest")
     axis.set_title(label(title, 32), fontsize=8, parse_math=False)
     axis.axis("off")

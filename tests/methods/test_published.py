@@ -2,7 +2,6 @@
 
 import json
 import os
-import zlib
 
 import numpy as np
 import pytest
@@ -18,6 +17,8 @@ from methods.barleria import build_barleria
 from methods.detris import build_detris
 from methods.dinov2 import DINO, DinoConfig
 from methods.published import from_official, to_official
+from tests.golden.inputs import fill
+from tests.golden.inputs import images as golden_images
 from utils.clip_weights import init_by_name
 from utils.common import ROOT, UserError
 from utils.tokenizer import tokenize
@@ -44,29 +45,6 @@ RESNET = CLIPConfig(
 )
 
 
-def fill(name, shape):
-    """The golden weights: they follow from a tensor's name alone (tests/golden/README.md)."""
-    rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
-    x = np.asarray(rng.standard_normal(shape, dtype=np.float32))
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf == "num_batches_tracked":
-        return torch.tensor(1)
-    if leaf == "running_var":
-        return torch.from_numpy(np.clip(1 + 0.1 * x, 0.5, 1.5).astype(np.float32))
-    if leaf == "logit_scale":
-        return torch.tensor(4.6052)
-    if len(shape) >= 2:
-        fan_in = int(np.prod(shape[1:]))
-        embeddings = ("positional_embedding", "pos_embed", "cls_token", "register_tokens")
-        if leaf in (*embeddings, "mask_token") or "token_embedding" in name:
-            fan_in = shape[-1]
-        if leaf in ("text_projection", "proj"):
-            fan_in = shape[0]
-        return torch.from_numpy(x * np.float32(fan_in**-0.5))
-    x = 1 + 0.1 * x if leaf == "weight" else 0.1 * x
-    return torch.from_numpy(x.astype(np.float32)).reshape(shape)
-
-
 def golden_state(name):
     shapes = json.loads((GOLDEN / f"{name}.shapes.json").read_text())
     return {key: fill(key, tuple(shape)) for key, shape in shapes.items()}
@@ -75,9 +53,8 @@ def golden_state(name):
 def golden_inputs(name, which, size):
     """Images, tokens and the original's outputs."""
     expected = np.load(GOLDEN / f"{name}_{which}.npz")
-    rng = np.random.Generator(np.random.PCG64(zlib.crc32(f"image-{which}".encode())))
-    images = torch.from_numpy(rng.standard_normal((2, 3, size, size), dtype=np.float32))
-    return images, torch.from_numpy(expected["tokens"]).long(), expected
+    tokens = torch.from_numpy(expected["tokens"]).long()
+    return golden_images(which, size), tokens, expected
 
 
 def relative_error(ours, theirs):

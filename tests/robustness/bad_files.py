@@ -156,6 +156,7 @@ LINES = {  # name: a second line of refs.jsonl
     "none": json.dumps(record(sentences=[])),
     "one-text": json.dumps(record(sentences="a cup")),
     "number": json.dumps(record(sentences=[5])),
+    "nothing-inside": json.dumps(record(sentences=[[None]])),
     "twice": json.dumps(record(ref_id=0)),
     "id-text": json.dumps(record(ref_id="x")),
     "id-half": json.dumps(record(ref_id=1.5)),
