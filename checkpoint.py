@@ -332,13 +332,16 @@ def start_or_resume(args, model, optimizer, scheduler, scaler) -> TrainState:
         print(f"{path} does not exist: starting fresh")
     elif args.resume:
         state = resume_training(path, model, optimizer, scheduler, scaler, args)
+        if not Path(args.out, "best.pt").exists():  # another run's best is not in this folder
+            state.best_miou = -1.0
         print(f"continuing from {path} at step {state.global_step:,}")
     return state
 
 
 def check_same_run(path, theirs: dict, args):
     """UserError where a setting that cannot change within a run has changed."""
-    names = ("backbone", "dataset", "system", "tuning", "size", "words", "seed", "batch_size")
+    names = ["backbone", "dataset", "system", "tuning", "size", "words", "seed", "batch_size"]
+    names += ["limit", "overfit"]
     for name in names:
         before = theirs.get(name)
         now = getattr(args, name)

@@ -1,11 +1,15 @@
-"""Download RefCOCO, RefCOCO+ or RefCOCOg, and the COCO images it uses.
+"""Download RefCOCO, RefCOCO+ or RefCOCOg with the COCO images it uses; or convert annotations.
 
     python prepare.py refcoco --data DIR                 some 20,000 single images (about 3 GB)
     python prepare.py refcoco --data DIR --all-images    the whole train2014.zip (13 GB, kept)
+    python prepare.py from-coco FILE.json --images DIR --out FOLDER
+    python prepare.py from-labelme DIR --out FOLDER
 
-Stop it at any time, by Ctrl-C or a power cut: the same command continues where it was, because a
-file gets its own name only when it is whole. Everything is checked: splits must have the published
-sizes, and images must decode at the size that the annotations state.
+Stop a download at any time, by Ctrl-C or a power cut: the same command continues where it was,
+because a file gets its own name only when it is whole. Everything is checked: splits must have the
+published sizes, and images must decode at the size that the annotations state.
+
+from-coco and from-labelme write a folder of one's own, whole or not at all (docs/own_data.md).
 """
 
 import argparse
@@ -24,8 +28,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import REFCOCO_FILES, read_refer
-from utils.common import Parser, UserError, as_user_error, command, integer, write_file
+from utils.annotations import write_dataset
+from utils.coco import BOX_ONLY, read_coco
+from utils.common import SEED, Parser, UserError, as_user_error, command, integer, write_file
 from utils.download import NETWORK_ERRORS, download, request, retry, sha256, size_of
+from utils.labelme import read_labelme
 
 ANNOTATIONS_URL = (
     "https://web.archive.org/web/{day}/https://bvisionweb1.cs.unc.edu/licheng/referit/data"
@@ -232,7 +239,7 @@ def fetch_images(sizes: dict, folder: Path, url: str, workers: int) -> dict[str,
     return missing
 
 
-# ----------------------------------------------------------------------------------------- command
+# ---------------------------------------------------------------------------------------- commands
 def check_space(name: str, root: Path, all_images: bool):
     """Print how much disk the run may still take; UserError where there is less."""
     images = TRAIN2014_IMAGES
@@ -250,15 +257,15 @@ def check_space(name: str, root: Path, all_images: bool):
         raise UserError(f"{message}: make room, or name another folder by --data")
 
 
-def prepare(args):
+def download_dataset(args):
     """Have everything the dataset needs in args.data, and print what is missing."""
     root = args.data
     root.mkdir(parents=True, exist_ok=True)
-    check_space(args.dataset, root, args.all_images)
+    check_space(args.action, root, args.all_images)
 
-    folder = Path(REFCOCO_FILES[args.dataset]).parent.name
+    folder = Path(REFCOCO_FILES[args.action]).parent.name
     annotations_url = args.annotations_url or ANNOTATIONS_URL.format(day=ARCHIVED[folder])
-    sizes = prepare_annotations(args.dataset, root, f"{annotations_url.rstrip('/')}/{folder}.zip")
+    sizes = prepare_annotations(args.action, root, f"{annotations_url.rstrip('/')}/{folder}.zip")
 
     images_url = args.images_url.rstrip("/")
     image_folder = root / "images" / "train2014"
@@ -273,12 +280,71 @@ def prepare(args):
     write_file(root / "missing.txt", "".join(lines).encode("utf-8"))
     whole = len(sizes) - len(missing)
     print(f"{whole:,} images are whole, {len(missing):,} missing ({root / 'missing.txt'})")
-    print(f"next: python train.py --backbone RN101 --dataset {args.dataset} --data {root}")
+    print(f"next: python train.py --backbone RN101 --dataset {args.action} --data {root}")
 
 
-def arguments(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=REFCOCO_FILES, help="what to download")
+def from_coco(args):
+    """Convert COCO's JSON into a folder of one's own."""
+    upright = args.exif == "shown"
+    options = {"boxes": args.boxes, "upright": upright, "pixels": args.pixels}
+    images, without_mask = read_coco(args.annotations, args.images, **options)
+    notes = []
+    for lack, count in without_mask.items():
+        filled = args.boxes == "fill" and lack == BOX_ONLY
+        done = "the boxes are taken as masks" if filled else "left out"
+        notes.append(f"{count:,} annotations with {lack}: {done}")
+    unclear = sum(not image.is_clear for image in images)
+    if unclear:
+        way = "as it is shown" if upright else "as it is stored"
+        other = "stored" if upright else "shown"
+        told = f"{unclear} images are turned by EXIF, and their size does not tell which way up"
+        notes.append(f"{told} they were annotated: taken {way} (--exif {other} for the other)")
+    convert(args, images, notes)
+
+
+def from_labelme(args):
+    """Convert a folder of LabelMe's JSON files into a folder of one's own."""
+    images = read_labelme(args.annotations)
+    annotated = [image for image in images if image.objects]
+    empty = len(images) - len(annotated)
+    notes = [f"{empty:,} images without objects: left out"] if empty else []
+    convert(args, annotated, notes)
+
+
+def convert(args, images, notes):
+    """Write the folder; print what is in it, what is not, and the next command."""
+    counts = write_dataset(args.out, images, args.split, args.seed)
+    in_splits = {key.removeprefix("in "): n for key, n in counts.items() if key.startswith("in ")}
+    splits = ", ".join(f"{split} {count:,}" for split, count in in_splits.items() if count)
+    content = f"{counts['objects']:,} objects, {counts['sentences']:,} sentences"
+    print(f"{args.out}: {content}, {counts['images']:,} images; {splits}")
+    if counts["empty"]:
+        notes.append(f"{counts['empty']:,} objects that hold no pixel: left out")
+    if counts["unclear"]:
+        shared = f"{counts['unclear']:,} objects share a sentence with another of their image"
+        notes.append(f"{shared}: rewrite those sentences in {args.out / 'refs.jsonl'}")
+    for note in notes:
+        print(f"note: {note}")
+    shown = "train" if in_splits.get("train") else next(split for split in in_splits)
+    option = "" if shown == "train" else f" --split {shown}"
+    print(f"next: python data.py show {args.out}{option}")
+
+
+def split_option(text) -> str | float:
+    """An argparse type: a split's name, or the share of the images that become val."""
+    if text in ("train", "val", "test"):
+        return text
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        message = f"{text} is neither train, val or test nor a share between 0 and 1"
+        raise argparse.ArgumentTypeError(message)
+    return share
+
+
+def add_download_options(parser):
     parser.add_argument(
         "--data", type=Path, required=True, metavar="DIR", help="the folder for everything"
     )
@@ -299,17 +365,72 @@ def arguments(argv=None):
         metavar="URL",
         help="has refcoco.zip, refcoco+.zip and refcocog.zip",
     )
+
+
+def add_folder_options(parser):
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="the new folder that is written"
+    )
+    parser.add_argument(
+        "--split",
+        type=split_option,
+        metavar="SPLIT",
+        help="train, val or test for all images, or the share of them that becomes val, such as "
+        "0.1 (the tool's own splits, or else train)",
+    )
+    parser.add_argument("--seed", type=SEED, default=0, help="of the choice of images for val (0)")
+
+
+def arguments(argv=None):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = parser.add_subparsers(
+        dest="action", required=True, metavar="ACTION", help="what to do"
+    )
+    for name in REFCOCO_FILES:
+        download_parser = actions.add_parser(name, help=f"download {name}")
+        add_download_options(download_parser)
+
+    coco = actions.add_parser("from-coco", help="convert COCO's JSON: CVAT, Label Studio, Roboflow")
+    coco.add_argument("annotations", type=Path, metavar="ANNOTATIONS", help="the JSON file")
+    coco.add_argument(
+        "--images", type=Path, required=True, metavar="DIR", help="the folder of its images"
+    )
+    coco.add_argument(
+        "--boxes",
+        choices=["skip", "fill"],
+        help="leave out annotations that have a box and no mask, or take their boxes as masks",
+    )
+    coco.add_argument(
+        "--exif",
+        choices=["stored", "shown"],
+        default="stored",
+        help="whether masks belong to images as they are stored or as EXIF turns them, where their "
+        "size does not tell (stored)",
+    )
+    coco.add_argument(
+        "--pixels", action="store_true", help="take coordinates that look like percent as pixels"
+    )
+    add_folder_options(coco)
+
+    labelme = actions.add_parser("from-labelme", help="convert a folder of LabelMe's JSON files")
+    labelme.add_argument("annotations", type=Path, metavar="DIR", help="their folder")
+    add_folder_options(labelme)
     return parser.parse_args(argv)
 
 
 @command
 def main(argv=None):
     args = arguments(argv)
-    try:
-        with as_user_error(args.data, "name a folder that can be written by --data", OSError):
-            prepare(args)
-    except KeyboardInterrupt as error:
-        raise UserError("stopped; the same command continues where it was") from error
+    if args.action == "from-coco":
+        from_coco(args)
+    elif args.action == "from-labelme":
+        from_labelme(args)
+    else:
+        try:
+            with as_user_error(args.data, "name a folder that can be written by --data", OSError):
+                download_dataset(args)
+        except KeyboardInterrupt as error:
+            raise UserError("stopped; the same command continues where it was") from error
 
 
 if __name__ == "__main__":

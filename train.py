@@ -156,8 +156,8 @@ def largest_objects(dataset, count) -> tuple[data.RefDataset, data.RefDataset]:
 
 # ----------------------------------------------------------------------------------- optimization
 def parameter_groups(model, args) -> list[dict]:
-    """Trainable parameters with their learning rates: decoder, Bridger, and a tuned CLIP's."""
-    decoder = []
+    """Trainable parameters with their learning rates: the Bridger, a slowed CLIP, all others."""
+    others = []
     bridger = []
     slowed = []  # methods.peft.full: CLIP learns at a tenth of the rate
     for name, parameter in model.named_parameters():
@@ -168,8 +168,8 @@ def parameter_groups(model, args) -> list[dict]:
         elif hasattr(parameter, "lr_scale"):
             slowed.append(parameter)
         else:
-            decoder.append(parameter)
-    groups = [{"params": decoder, "lr": args.lr}, {"params": bridger, "lr": args.bridge_lr}]
+            others.append(parameter)
+    groups = [{"params": others, "lr": args.lr}, {"params": bridger, "lr": args.bridge_lr}]
     if slowed:
         groups.append({"params": slowed, "lr": args.lr * slowed[0].lr_scale})
     return [group for group in groups if group["params"]]
@@ -245,7 +245,7 @@ def train_step(model, batch, optimizer, scaler, dtype, accumulate=1) -> float:
 
 def check_numbers(loss, scaler, state, batch):
     """UserError where the loss is not finite, or fp16 gradients overflow at every scale."""
-    if math.isfinite(loss) and not 0 < scaler.get_scale() < 1:
+    if math.isfinite(loss) and scaler.get_scale() >= 1:  # the scale is 1 where fp16 is not used
         return
     refs = batch["ref_id"].tolist()
     problem = f"the loss is {loss}" if not math.isfinite(loss) else "fp16 gradients overflow"
@@ -370,8 +370,9 @@ def main(argv=None):
         common.seed_all(args.seed + 10**6 * distributed.rank() + state.global_step)
     if distributed.rank() == 0:
         checkpoint.open_run_folder(args, model, distributed.world_size())
-    compiled = compile_if_possible(model, device) if args.compile else model
-    train_model = distributed.wrap(compiled)
+    train_model = distributed.wrap(model)
+    if args.compile:
+        train_model = compile_if_possible(train_model, device)
     samples = data.TrainDataset(train_set, args.size, args.words, args.seed)
     bar = tqdm(total=total_steps, initial=state.global_step, miniters=10, file=sys.stdout)
 
@@ -381,6 +382,7 @@ def main(argv=None):
             checkpoint.save_training(last, model, optimizer, scheduler, scaler, state, args)
 
     stop = common.StopFlag()
+    stopping = False
     try:
         while state.global_step < total_steps or state.batch_in_epoch > 0:
             # train for one epoch, from where the run stands
@@ -389,7 +391,7 @@ def main(argv=None):
             for batch in data.train_loader(
                 samples, args.batch_size, state.epoch, start, args.workers, device
             ):
-                if state.global_step >= total_steps:
+                if stopping or state.global_step >= total_steps:
                     break
                 batch = data.to_device(batch, device)
                 loss = train_step(train_model, batch, optimizer, scaler, dtype, args.accumulate)
@@ -399,19 +401,20 @@ def main(argv=None):
                 state.count_step(loss)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
-                if stopping:
-                    stop.ignore_signals()
-                    save()
-                    bar.close()
-                    print(f"stopped: go on with --resume --out {args.out}")
-                    raise SystemExit(130)
+            if stopping:
+                stop.ignore_signals()  # until the file is written
             save()
-            # validate it
-            metrics = validate(args, model, val_set, device, dtype)
-            if distributed.rank() == 0:
-                finish_epoch(args, model, metrics, scheduler, state, val_set)
-            state.next_epoch()
-            save()
+            # validate
+            if not stopping:
+                metrics = validate(args, model, val_set, device, dtype)
+                if distributed.rank() == 0:
+                    finish_epoch(args, model, metrics, scheduler, state, val_set)
+                state.next_epoch()
+                save()
+            if stopping or stop.requested:
+                bar.close()
+                print(f"stopped: go on with --resume --out {args.out}")
+                raise SystemExit(130)
         bar.close()
         return test_best(args, model, val_set, device, dtype, state)
     except NonFiniteLoss:

@@ -44,6 +44,7 @@ from utils.common import (
     StopFlag,
     UserError,
     as_user_error,
+    check_writable,
     command,
     integer,
     pick_device,
@@ -511,6 +512,7 @@ def main(argv=None):
     # mistakes show before anything is trained
     make_run_args(choose_rows(args.table, args.rows)[0], args, extra_args)
     path = table_path(args.table, args)
+    check_writable(path)
     read_results(path)
 
     stop = StopFlag()

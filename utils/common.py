@@ -215,7 +215,7 @@ def pick_dtype(device: torch.device, amp: str) -> tuple[torch.dtype, str]:
 def seed_all(seed: int):
     """Seed torch, numpy and Python."""
     torch.manual_seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed % 2**32)  # the range that numpy accepts
     random.seed(seed)
 
 

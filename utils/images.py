@@ -106,6 +106,11 @@ def to_mask(image) -> np.ndarray:
     return opaque
 
 
+def uint8_mask(mask) -> np.ndarray:
+    """bool (H, W) → uint8, 0 and 255."""
+    return mask.astype(np.uint8) * 255
+
+
 def to_gray(image) -> np.ndarray:
     """PIL image → uint8 (H, W). ValueError for one with colors."""
     if image.mode in ("1", "L"):
@@ -176,7 +181,7 @@ def read_pil(image) -> np.ndarray:
 def image_errors(thing):
     """What reading an image raises, as a UserError."""
     smaller = f"scale it down, to {MAX_MEGAPIXELS} megapixels at most"
-    anew = "check the path, or save it anew as JPEG or PNG"
+    anew = "check the path, or save it anew as PNG"
     with as_user_error(thing, smaller, TOO_LARGE), as_user_error(thing, anew, IMAGE_ERRORS):
         yield
 

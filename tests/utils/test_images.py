@@ -1,12 +1,28 @@
 """What `utils/images.py` promises: every mode of an image, every way to write a mask."""
 
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import HEIGHT, WIDTH, corners
+from conftest import HEIGHT, WIDTH, corners, rectangle
 from utils.common import UserError
-from utils.images import decode_segmentation, read_image
+from utils.images import (
+    MAX_MEGAPIXELS,
+    TURNS,
+    decode_segmentation,
+    file_inside,
+    is_image_name,
+    read_image,
+    read_pil,
+    read_shape,
+    to_mask,
+)
+
+OBJECT = rectangle(10, 20, 30, 35)
 
 
 # ------------------------------------------------------------------------------------------ images
@@ -67,8 +83,79 @@ def test_an_image_of_enormous_size_is_refused(tmp_path, monkeypatch):
     """PIL only warns up to twice its limit; here the limit is the limit."""
     Image.new("RGB", (11, 10)).save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UserError, match=r"x\.png.*110 pixels"):
+    with pytest.raises(UserError, match=r"x\.png.*110 pixels.*scale it down"):
         read_image(tmp_path / "x.png")
+
+
+def test_the_largest_photographs_of_phones_are_read():
+    """200 megapixels. Pillow alone refuses from 179 on, and warns from 89 on."""
+    assert Image.MAX_IMAGE_PIXELS == MAX_MEGAPIXELS * 10**6 >= 16320 * 12240
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        (np.float32([[0, 0.5, 1]]), [0, 128, 255]),
+        (np.float32([[0, 127.6, 255]]), [0, 128, 255]),
+        (np.float32([[0, 32639, 65535]]), [0, 127, 255]),
+        (np.int32([[0, 128, 255]]), [0, 128, 255]),
+        (np.int32([[0, 32639, 65535]]), [0, 127, 255]),
+        (np.uint16([[0, 32639, 65535]]), [0, 127, 255]),
+        (np.uint16([[0, 128, 255]]), [0, 128, 255]),
+        (np.int32([[0, 0, 0]]), [0, 0, 0]),
+    ],
+)
+def test_deep_gray_is_scaled_by_the_values_it_has(tmp_path, values, expected):
+    """0..1, 0..255 or 0..65535. By hand: 0.5 × 255 = 127.5, 32639 = 127 × 257."""
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    for pixels in (read_image(tmp_path / "x.tif"), read_pil(Image.fromarray(values))):
+        assert pixels[0, :, 1].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "values", [[-1, 200], [0, 65536], [0, float("nan")], [0, float("inf")], [0, 5], [0, 300]]
+)
+def test_deep_gray_of_an_unclear_range_is_refused(tmp_path, values):
+    """5 may be of 255 or of 10; 300 may be of 65535 or of 400."""
+    image = Image.fromarray(np.float32([values]))
+    image.save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=r"x\.tif.*gray values"):
+        read_image(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=r"the PIL image F 2 × 1.*gray values"):
+        read_pil(image)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "JPEG", "png", "webp", "tif", "bmp", "gif", "mpo"])
+def test_what_can_be_decoded_is_an_image(tmp_path, ending):
+    assert is_image_name(tmp_path / f"x.{ending}")
+    assert not is_image_name(tmp_path / f"._x.{ending}")
+
+
+@pytest.mark.parametrize("ending", ["heic", "DNG", "pdf", "mpg", "eps", "h5", "txt", "json"])
+def test_what_can_only_be_named_is_no_image(tmp_path, ending):
+    assert not is_image_name(tmp_path / f"x.{ending}")
+
+
+def test_of_a_raw_file_the_preview_is_not_taken(tmp_path):
+    """Pillow opens a DNG as a TIFF and finds the preview."""
+    Image.new("RGB", (6, 4)).save(tmp_path / "x.dng", "TIFF")
+    with pytest.raises(UserError, match=r"x\.dng.*raw file"):
+        read_image(tmp_path / "x.dng")
+
+
+@pytest.mark.parametrize("name", ["a/x.png", "a\\x.png", ".\\a\\x.png"])
+def test_both_slashes_part_folders(tmp_path, name):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").touch()
+    assert file_inside(tmp_path, name) == tmp_path / "a" / "x.png"
+
+
+@pytest.mark.parametrize("name", ["..\\x.png", "a\\..\\..\\x.png", "C:\\x.png", "\\x.png", "y"])
+def test_neither_slash_leads_out_of_the_folder(tmp_path, name):
+    (tmp_path / "x.png").touch()
+    (tmp_path / "in").mkdir()
+    with pytest.raises(ValueError, match="not a file inside"):
+        file_inside(tmp_path / "in", name)
 
 
 def test_our_own_mistake_is_no_user_error(tmp_path):
@@ -82,7 +169,232 @@ def test_our_own_mistake_is_no_user_error(tmp_path):
         read_image(tmp_path / "x.png", convert=convert)
 
 
+# ---------------------------------------------------------------------------------------- metadata
+STORED = np.arange(72, dtype=np.uint8).reshape(4, 6, 3) * 3
+
+
+def exif_block(*tags, orientation=6):
+    """An EXIF block whose IFD0 holds the orientation, a SHORT, after the 12 bytes of `tags`."""
+    entries = [*tags, struct.pack("<HHLHH", 0x0112, 3, 1, orientation, 0)]
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+
+
+ODD_TAGS = {
+    "of no type": struct.pack("<HHLL", 0x010F, 200, 1, 0),
+    "of a type that it does not have": struct.pack("<HHLL", 0x011A, 2, 3, 0),
+    "longer than the file": struct.pack("<HHLL", 0x010F, 2, 60, 80),
+    "of four gigabytes": struct.pack("<HHLL", 0x010F, 2, 2**32 - 1, 0),
+    "a folder outside": struct.pack("<HHLL", 0x8769, 4, 1, 2**32 - 1),
+}
+
+
+def encode(kind, **options):
+    file = io.BytesIO()
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    Image.fromarray(STORED).save(file, kind, **lossless, **options)
+    return file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:.*Skipping tag")  # of Image.open below
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("tag", ODD_TAGS)
+def test_an_odd_tag_hides_neither_pixels_nor_orientation(tmp_path, kind, tag):
+    """A tag of a type it does not have made the whole image unreadable."""
+    block = exif_block(ODD_TAGS[tag])
+    exif = b"Exif\0\0" + block if kind == "JPEG" else block
+    (tmp_path / "x").write_bytes(encode(kind, exif=exif))
+    plain = np.asarray(Image.open(tmp_path / "x").convert("RGB"))
+    upright = np.rot90(plain, -1)
+    np.testing.assert_array_equal(read_image(tmp_path / "x"), upright)
+    np.testing.assert_array_equal(read_pil(Image.open(tmp_path / "x")), upright)
+    np.testing.assert_array_equal(read_image(tmp_path / "x", exif=False), plain)
+    assert read_shape(tmp_path / "x") == (4, 6, 6)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.parametrize("block", [b"no TIFF at all", b"II*\0", b"MM\0*\0\0\0\x08\xff\xff"])
+def test_a_block_that_is_no_exif_is_ignored(tmp_path, kind, block):
+    (tmp_path / "x").write_bytes(encode(kind, exif=block))
+    np.testing.assert_array_equal(read_image(tmp_path / "x"), STORED)
+    np.testing.assert_array_equal(read_pil(Image.open(tmp_path / "x")), STORED)
+
+
+def png_chunk(kind, content):
+    checksum = zlib.crc32(kind + content).to_bytes(4, "big")
+    return len(content).to_bytes(4, "big") + kind + content + checksum
+
+
+PNG_CHUNKS = {
+    "a text that unpacks to more than Pillow takes": png_chunk(
+        b"zTXt", b"x\0\0" + zlib.compress(bytes(3_000_000))
+    ),
+    "a damaged color profile": png_chunk(b"iCCP", b"x\0\0no profile"),
+    "half a resolution": png_chunk(b"pHYs", b"\0\0"),
+    "a wrong checksum": png_chunk(b"tEXt", b"x\0y")[:-1] + b"?",
+}
+
+
+@pytest.mark.parametrize("chunk", PNG_CHUNKS)
+def test_damaged_chunks_beside_the_pixels_of_a_png_are_ignored(tmp_path, chunk):
+    whole = encode("PNG", exif=exif_block())
+    (tmp_path / "x.png").write_bytes(whole[:33] + PNG_CHUNKS[chunk] + whole[33:])
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png"), np.rot90(STORED, -1))
+
+
+def test_damaged_segments_beside_the_pixels_of_a_jpeg_are_ignored(tmp_path):
+    """A color profile that ends after its name: Pillow calls the file no image."""
+    whole = encode("JPEG", exif=b"Exif\0\0" + exif_block())
+    segment = b"ICC_PROFILE\0"
+    segment = b"\xff\xe2" + (len(segment) + 2).to_bytes(2, "big") + segment
+    (tmp_path / "x.jpg").write_bytes(whole[:2] + segment + whole[2:])
+    plain = np.asarray(Image.open(io.BytesIO(whole)))
+    np.testing.assert_array_equal(read_image(tmp_path / "x.jpg"), np.rot90(plain, -1))
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("orientation", [1, *TURNS])
+def test_a_tiff_is_turned_once_and_not_at_all_as_it_is_stored(tmp_path, orientation, compression):
+    """Pillow turns a TIFF while it loads it."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "x.tif"
+    Image.fromarray(STORED).save(path, exif=exif, compression=compression)
+    upright = Image.fromarray(STORED)
+    if orientation in TURNS:
+        upright = upright.transpose(TURNS[orientation])
+    np.testing.assert_array_equal(read_image(path), upright)
+    np.testing.assert_array_equal(read_pil(Image.open(path)), upright)
+    np.testing.assert_array_equal(read_image(path, exif=False), STORED)
+    assert read_shape(path) == (4, 6, orientation)
+
+
+def test_a_tiff_with_odd_metadata_keeps_its_pixels_and_its_owner_the_metadata(tmp_path):
+    """XMP as text, where Pillow expects bytes: a TypeError while the pixels are loaded."""
+    from PIL import TiffImagePlugin
+
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[700] = "<xmp>"
+    tags.tagtype[700] = 2
+    tags[270] = "a description"
+    Image.fromarray(STORED).save(tmp_path / "x.tif", tiffinfo=tags)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif"), STORED)
+    image = Image.open(tmp_path / "x.tif")
+    np.testing.assert_array_equal(read_pil(image), STORED)
+    assert image.tag_v2[270] == "a description"
+    assert image.info["xmp"] == "<xmp>"
+    assert "getexif" not in vars(image)
+
+
+def test_damaged_pixels_are_still_refused(tmp_path):
+    whole = encode("PNG", exif=exif_block(ODD_TAGS["of no type"]))
+    (tmp_path / "x.png").write_bytes(whole[:-60])
+    with pytest.raises(UserError, match=r"x\.png"):
+        read_image(tmp_path / "x.png")
+
+
 # ------------------------------------------------------------------------------------------- masks
+WHITE = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
+BLACK = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+ALPHA = OBJECT * np.uint8(255)
+INSIDE = ALPHA[..., None].repeat(3, axis=2)
+CORNER = rectangle(0, 0, 12, WIDTH)  # transparent, and over the object's upper rows
+
+
+def with_alpha(colors, alpha):
+    return Image.fromarray(np.dstack([colors, alpha]))
+
+
+def palette(transparency):
+    """Color 0 is black, color 1 white; the file keeps which of them are transparent."""
+    image = Image.fromarray(OBJECT.astype(np.uint8)).convert("P")
+    image.putpalette([0, 0, 0, 255, 255, 255])
+    image.info["transparency"] = transparency
+    return image
+
+
+SEE_THROUGH = {  # name: mask image
+    "white everywhere": with_alpha(WHITE, ALPHA),
+    "black everywhere": with_alpha(BLACK, ALPHA),
+    "black on transparent white": with_alpha(255 - INSIDE, ALPHA),
+    "white on transparent black": with_alpha(INSIDE, ALPHA),
+    "red on transparent black": with_alpha(INSIDE * np.uint8([1, 0, 0]), ALPHA),
+    "alpha of 0 and 1": with_alpha(WHITE, ALPHA // 255),
+    "opaque": with_alpha(INSIDE, ALPHA | 255),
+    "half transparent everywhere": with_alpha(INSIDE, ALPHA * 0 + 128),
+    "gray with alpha": Image.fromarray(np.dstack([WHITE[..., 0], ALPHA]), "LA"),
+    "palette, black is transparent": palette(0),
+    "palette, by a table": palette(bytes([0, 255])),
+    "palette, opaque": palette(bytes([255, 255])),
+}
+
+
+@pytest.mark.parametrize("name", SEE_THROUGH)
+def test_a_mask_may_lie_in_its_transparency(tmp_path, name):
+    """Where colors say nothing, what is opaque is the object. It was the whole image, or none."""
+    SEE_THROUGH[name].save(tmp_path / "x.png")
+    mask = read_image(tmp_path / "x.png", convert=to_mask)
+    np.testing.assert_array_equal(mask, OBJECT)
+
+
+def test_gray_with_one_transparent_value_is_a_mask(tmp_path):
+    Image.fromarray(ALPHA).save(tmp_path / "x.png", transparency=0)
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png", convert=to_mask), OBJECT)
+    Image.fromarray(INSIDE).save(tmp_path / "x.png", transparency=(0, 0, 0))
+    np.testing.assert_array_equal(read_image(tmp_path / "x.png", convert=to_mask), OBJECT)
+
+
+def test_where_colors_and_transparency_speak_what_is_transparent_is_outside():
+    mask = to_mask(with_alpha(INSIDE, 255 - CORNER * np.uint8(255)))
+    np.testing.assert_array_equal(mask, OBJECT & ~CORNER)
+
+
+def test_a_mask_of_nothing_and_a_mask_of_everything_stay():
+    assert not to_mask(with_alpha(BLACK, ALPHA * 0)).any()
+    assert not to_mask(with_alpha(BLACK, ALPHA | 255)).any()
+    assert to_mask(with_alpha(WHITE, ALPHA | 255)).all()
+
+
+ABOVE = rectangle(0, 0, 5, WIDTH) * np.uint8(255)
+AMBIGUOUS = {  # name: mask image, what the line says
+    "soft transparency": (with_alpha(WHITE, ALPHA // 2 + np.uint8(3)), "transparency"),
+    "half transparency": (with_alpha(WHITE, ALPHA // 2), "transparency"),
+    "all transparent": (with_alpha(INSIDE, ALPHA * 0), "disagree"),
+    "white where transparent": (with_alpha(INSIDE, ABOVE), "disagree"),
+    "gray": (with_alpha(INSIDE // 2, 255 - CORNER * np.uint8(255)), "opaque values"),
+    "red": (Image.fromarray(INSIDE * np.uint8([1, 0, 0])), "colored"),
+    "blue, almost black": (Image.fromarray(INSIDE // 255 * np.uint8([0, 0, 1])), "colored"),
+    "a deep number": (Image.fromarray(np.int32(OBJECT) * 300), "not values"),
+}
+
+
+@pytest.mark.parametrize("name", AMBIGUOUS)
+def test_an_ambiguous_mask_is_refused_in_one_line(tmp_path, name):
+    image, says = AMBIGUOUS[name]
+    path = tmp_path / ("x.tif" if image.mode == "I" else "x.png")
+    image.save(path)
+    with pytest.raises(UserError, match=rf"x\..*{says}") as caught:
+        read_image(path, convert=to_mask)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        OBJECT,
+        np.uint8(OBJECT),
+        np.uint8(OBJECT) * 255,
+        np.uint16(OBJECT) * 65535,
+        np.int32(OBJECT) * 255,
+        np.float32(OBJECT),
+        INSIDE,
+    ],
+    ids=["1 bit", "8 bits 1", "8 bits", "16 bits", "32 bits", "float", "RGB"],
+)
+def test_masks_of_every_depth_are_read(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    np.testing.assert_array_equal(read_image(tmp_path / "x.tif", convert=to_mask), OBJECT)
+
+
 def test_a_polygon_of_two_corners_holds_no_pixel():
     """Four numbers in front would make the library read every polygon as a box."""
     mask = decode_segmentation([[3, 3, 8, 8], corners(5, 5, 15, 15)], HEIGHT, WIDTH)
