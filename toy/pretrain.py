@@ -70,8 +70,9 @@ def caption(things, rng) -> str:
     first, *rest = [things[i] for i in rng.permutation(len(things))]
     if rest and rng.random() < 0.5:
         second = rest[0]
+        start = phrase(first, rng, 0.7)  # in the order of the words: rng makes the same captions
         relation = rng.choice(RELATIONS[direction(first, second)])
-        return f"{phrase(first, rng, 0.7)} {relation} the {phrase(second, rng, 0.7)}"
+        return f"{start} {relation} the {phrase(second, rng, 0.7)}"
     return " and ".join(phrase(thing, rng) for thing in (first, *rest[:2]))
 
 

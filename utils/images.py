@@ -88,18 +88,18 @@ def to_mask(image) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
         return two_levels(np.asarray(image), "values")
     if not image.has_transparency_data:
-        return two_levels(to_gray(image), "values")
+        return two_levels(gray_of(np.asarray(image.convert("RGB"))), "values")
     image = image.convert("RGBA")
+    pixels = np.asarray(image.convert("RGB"))
     alpha = np.asarray(image.getchannel("A"))
     if alpha.min() == alpha.max() > 0:  # it says nothing
-        return two_levels(to_gray(image), "values")
+        return two_levels(gray_of(pixels), "values")
     opaque = two_levels(alpha, "transparency")
-    pixels = np.asarray(image.convert("RGB"))
     shown = pixels[opaque]
     hidden = pixels[~opaque]
     if (shown != shown[:1]).any():
         mask = np.zeros_like(opaque)
-        mask[opaque] = two_levels(to_gray(image)[opaque], "opaque values")
+        mask[opaque] = two_levels(gray_of(shown), "opaque values")
         return mask
     if not shown.any() and (hidden != hidden[:1]).any():
         raise ValueError("colors and transparency of the mask disagree: save it as black and white")
@@ -111,11 +111,8 @@ def uint8_mask(mask) -> np.ndarray:
     return mask.astype(np.uint8) * 255
 
 
-def to_gray(image) -> np.ndarray:
-    """PIL image → uint8 (H, W). ValueError for one with colors."""
-    if image.mode in ("1", "L"):
-        return np.asarray(image.convert("L"))
-    pixels = np.asarray(image.convert("RGB"))
+def gray_of(pixels) -> np.ndarray:
+    """uint8 (…, 3) → uint8 (…). ValueError where there are colors."""
     if (pixels != pixels[..., :1]).any():
         raise ValueError("a mask is black and white, this one is colored")
     return pixels[..., 0]

@@ -344,8 +344,11 @@ def test_gray_with_one_transparent_value_is_a_mask(tmp_path):
 
 
 def test_where_colors_and_transparency_speak_what_is_transparent_is_outside():
-    mask = to_mask(with_alpha(INSIDE, 255 - CORNER * np.uint8(255)))
-    np.testing.assert_array_equal(mask, OBJECT & ~CORNER)
+    """Whatever color it keeps."""
+    visible = 255 - CORNER * np.uint8(255)
+    for hidden in (0, 255, (9, 200, 30)):
+        colors = np.where(CORNER[..., None], np.uint8(hidden), INSIDE)
+        np.testing.assert_array_equal(to_mask(with_alpha(colors, visible)), OBJECT & ~CORNER)
 
 
 def test_a_mask_of_nothing_and_a_mask_of_everything_stay():
