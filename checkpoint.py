@@ -72,7 +72,7 @@ def build_model(
         options = {**ALIGNED_BLOCKS[backbone], **options}
     else:
         backbones = [load_clip(backbone, weights, seed)]
-    check_max_tokens(backbones[0], max_tokens)
+    check_max_tokens(max_tokens, backbones[0].config.context_length)
     model = BUILDERS[system](*backbones, size, max_tokens, **options)
     apply_tuning(model, names)
 
@@ -91,9 +91,8 @@ def build_model(
     return model
 
 
-def check_max_tokens(clip, max_tokens):
-    """UserError where CLIP's text encoder has fewer positions than that."""
-    limit = clip.config.context_length
+def check_max_tokens(max_tokens, limit):
+    """UserError where CLIP's text encoder has fewer positions (`limit`) than that."""
     if not 3 <= max_tokens <= limit:
         raise UserError(f"--words {max_tokens}: choose 3 to {limit}, the frozen CLIP's limit")
 
@@ -158,7 +157,7 @@ def load_checkpoint(path, weights=None, device="cpu", max_tokens=None) -> nn.Mod
             raise
         raise UserError(f"{path}: {error}") from error
     if max_tokens:
-        check_max_tokens(model.backbone, max_tokens)
+        check_max_tokens(max_tokens, model.backbone.config.context_length)
         model.max_tokens = max_tokens
     return model.eval().to(device)
 

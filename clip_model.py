@@ -1,9 +1,9 @@
 """1. The frozen CLIP: two encoders as stem → stages → head, and its weights.
 
 CLIP (Radford et al. 2021) is an image encoder and a text encoder, trained so that an image and its
-caption get the same direction in a joint embedding space. ETRIS freezes both and lets them exchange
-information between their stages. Each encoder is therefore written as a stem, three stages and a
-head. Parameter names are OpenAI's: the official files load with strict=True.
+caption get the same direction in a joint embedding space. ETRIS freezes both and works between
+their stages, so each encoder is written as a stem, three stages and a head. Parameter names are
+OpenAI's: the official files load with strict=True.
 
 B batch · L words · D text width · C channels · H W grid · N = H·W pixel positions · E joint space
 """
@@ -15,14 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.clip_weights import (
-    CLIP_CONFIGS,
-    CLIPConfig,
-    clip_file,
-    init_by_name,
-    read_weights,
-    state_dict_sha256,
-)
+from utils import clip_weights
+from utils.clip_weights import CLIP_CONFIGS, CLIPConfig
 from utils.common import ROOT, UserError, as_user_error
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, RGB in 0..1
@@ -68,7 +62,7 @@ class Attention(MultiHeadAttention):
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         if width % heads:
             reason = f"{heads} attention heads do not divide a width of {width}"
-            raise UserError(f"{reason}: choose another --heads")
+            raise UserError(f"{reason}: choose another --width")
         super().__init__(heads, dropout)
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
@@ -94,7 +88,8 @@ class Attention(MultiHeadAttention):
             attn_mask = ~key_padding_mask[:, None, None, :]
         if causal:
             shape = (query.shape[1], key.shape[1])
-            attn_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+            earlier = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+            attn_mask = earlier if attn_mask is None else attn_mask & earlier
         return self.out_proj(self.attend(q, k, v, attn_mask))
 
 
@@ -390,7 +385,7 @@ def build_clip(state: dict, source="these weights", name: str | None = None) -> 
     if name and clip.config != CLIP_CONFIGS[name]:
         reason = f"holds a CLIP of other sizes than {name}"
         raise UserError(f"{source}: {reason}: give the --backbone it belongs to")
-    clip.identity = {"sha256": state_dict_sha256(state)}
+    clip.identity = {"sha256": clip_weights.state_dict_sha256(state)}
     return clip.eval().requires_grad_(False)
 
 
@@ -404,7 +399,7 @@ def load_clip(name: str, weights=None, seed: int = 0) -> CLIP:
         raise UserError(f"unknown backbone {name!r}: choose one of {', '.join(CLIP_CONFIGS)}")
     if weights == "random":
         source = f"random, seed {seed}"
-        state = init_by_name(CLIP(CLIP_CONFIGS[name]).state_dict(), seed)
+        state = clip_weights.init_by_name(CLIP(CLIP_CONFIGS[name]).state_dict(), seed)
     else:
         shipped = ROOT / "weights" / f"{name}.pt"
         if weights:
@@ -412,8 +407,8 @@ def load_clip(name: str, weights=None, seed: int = 0) -> CLIP:
         elif shipped.exists():
             source = shipped
         else:
-            source = clip_file(name, check=functools.partial(build_clip, name=name))
-        state = read_weights(source)
+            source = clip_weights.clip_file(name, check=functools.partial(build_clip, name=name))
+        state = clip_weights.read_weights(source)
     clip = build_clip(state, source, name)
     clip.identity = {"name": name, "weights": Path(source).name, **clip.identity}
     return clip

@@ -9,8 +9,9 @@ The Bridger is meant to let the two frozen encoders exchange information between
     logits = projector(global_alignment(hierarchical_alignment(maps, sentence), words), sentence)
 
 B batch · L words · D text width (also the decoder's) · E joint space · C channels · S image side ·
-h w the decoder's grid (S/16 each way) · N = h·w pixel positions · d bridge width.
-Where the paper and the authors' code disagree, we follow the code; `# differs:` says so.
+h w the decoder's grid (S/16 each way, a ViT's S/patch) · N = h·w pixel positions · d bridge width.
+Where the paper and the authors' code disagree, we follow the code; `# differs:` says so, and
+"ledger n" is row n of docs/differences.md. docs/architecture.md lists the shapes of a real model.
 """
 
 import math
@@ -53,7 +54,7 @@ class Interactor(nn.Module):
 class GatedInteractor(nn.Module):
     """The ViT's: x ⊙ attention(x → other). differs: the paper draws equation 5 here (ledger 2)."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):  # unused, as in the original
         super().__init__()
         self.cross_attn = Attention(width, heads)
 
@@ -83,13 +84,12 @@ class Bridge(nn.Module):
         up = stage == 2  # the last stage's own grid is smaller
         is_vit = clip.config.patch_size is not None
         interactor = GatedInteractor if is_vit else Interactor
-        options = {} if is_vit else {"dropout": dropout}
         self.zoom_in = zoom_layer(channels, width, factor, up=up, norm=is_vit)
         self.zoom_out = zoom_layer(width, channels, factor, up=not up, norm=is_vit)
         self.linear_in = nn.Linear(clip.config.text_width, width)
         self.linear_out = nn.Linear(width, clip.config.text_width)
-        self.interact_v = interactor(width, heads, **options)
-        self.interact_t = interactor(width, heads, **options)
+        self.interact_v = interactor(width, heads, dropout=dropout)
+        self.interact_t = interactor(width, heads, dropout=dropout)
         self.norm_v = nn.Identity() if first else nn.LayerNorm(width)
         self.norm_t = nn.Identity() if first else nn.LayerNorm(width)
         for module in self.modules():
@@ -175,28 +175,26 @@ class HierarchicalAlignment(nn.Module):
         merged = self.merge(torch.cat(gated, dim=1))  # (B, D, h, w)
 
         # two channels more tell the convolutions where they are
-        columns = torch.linspace(-1, 1, w, device=merged.device, dtype=merged.dtype)
-        rows = torch.linspace(-1, 1, h, device=merged.device, dtype=merged.dtype)
+        columns = torch.linspace(-1, 1, w, device=merged.device)
+        rows = torch.linspace(-1, 1, h, device=merged.device)
         coordinates = torch.stack([columns.expand(h, w), rows[:, None].expand(h, w)])
-        merged = torch.cat([merged, coordinates.expand(B, 2, h, w)], dim=1)
+        merged = torch.cat([merged, coordinates.expand(B, 2, h, w).to(merged.dtype)], dim=1)
         return self.coordinates(merged)
 
 
-def sine_positions(count: int, width: int, device=None, released=False) -> Tensor:
-    """(count, width): sin and cos by turns, frequencies 10000^(−2k/width), positions 0, 1, 2, …"""
+def sine_positions(count: int, width: int, device=None) -> Tensor:
+    """(count, width): sin and cos alternating, frequencies 10000^(−2k/width), positions 0, 1, …"""
     positions = torch.arange(count, device=device)
     exponents = torch.arange(0, width, 2, device=device) / width
-    frequencies = 10000.0**-exponents
-    if released:  # the same numbers, rounded as the original's
-        frequencies = torch.exp(-math.log(10000) * exponents)
+    frequencies = torch.exp(-math.log(10000) * exponents)  # rounded as the original's
     angles = positions[:, None] * frequencies
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
 
 
-def sine_grid(height: int, width: int, channels: int, device=None, released=False) -> Tensor:
+def sine_grid(height: int, width: int, channels: int, device=None) -> Tensor:
     """(H·W, channels): the first half of the channels counts columns (x), the second rows (y)."""
-    x = sine_positions(width, channels // 2, device, released)
-    y = sine_positions(height, channels // 2, device, released)
+    x = sine_positions(width, channels // 2, device)
+    y = sine_positions(height, channels // 2, device)
     return torch.cat([x.repeat(height, 1), y.repeat_interleave(width, dim=0)], dim=1)
 
 
@@ -231,19 +229,18 @@ class DecoderLayer(nn.Module):
 class GlobalAlignment(nn.Module):
     """GA, equation 8. differs: the paper attends to the sentence F_s, the code to the words."""
 
-    def __init__(self, clip: CLIP, dropout=0.1, released=False, layers: int = 3):
+    def __init__(self, clip: CLIP, dropout: float = 0.1, layers: int = 3):
         super().__init__()
         width = clip.config.text_width
         heads = max(1, min(8, width // 32))  # the authors' 8; fewer where a head would be narrow
         self.layers = nn.ModuleList([DecoderLayer(width, heads, dropout) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
-        self.released = released  # positions rounded as the original's
 
     def forward(self, features, words, key_padding_mask):
         """features (B, D, h, w), words (B, L, D), key_padding_mask (B, L) → F_c (B, D, h, w)."""
         B, D, h, w = features.shape
-        pixel_positions = sine_grid(h, w, D, features.device, self.released)  # (N, D)
-        word_positions = sine_positions(words.shape[1], D, features.device, self.released)  # (L, D)
+        pixel_positions = sine_grid(h, w, D, features.device)  # (N, D)
+        word_positions = sine_positions(words.shape[1], D, features.device)  # (L, D)
         x = features.flatten(2).mT  # (B, N, D)
         for layer in self.layers:
             x = layer(x, words, key_padding_mask, pixel_positions, word_positions)
@@ -359,9 +356,11 @@ class ETRIS(nn.Module):
         t = text.stem(tokens)
         previous = None
         maps = []
-        for i in range(3):
-            v = visual.stages[i](v)
-            t = text.stages[i](t)
+        for i, (visual_stage, text_stage) in enumerate(
+            zip(visual.stages, text.stages, strict=True)
+        ):
+            v = visual_stage(v)
+            t = text_stage(t)
             self.record(f"visual{i}.before", visual.to_map(v))
             self.record(f"text{i}.before", t)
             if str(i) in self.bridger:
@@ -373,14 +372,14 @@ class ETRIS(nn.Module):
             self.record(f"visual{i}.after", maps[i])
             self.record(f"text{i}.after", t)
 
-        # the decoder reads the last map in the joint space
-        maps[2] = visual.head(v)  # (B, E, H, W)
+        # the decoder reads the last map in the joint space, a ResNet's through a ReLU as released
+        last = visual.head(v)  # (B, E, H, W)
         if self.connect is not None:
-            maps[2] = maps[2] + self.connect(v)
+            last = last + self.connect(v)
         if self.clip.config.patch_size is None:
-            maps[2] = F.relu(maps[2])
+            last = F.relu(last)
         words, sentence = text.head(t, tokens)
-        return maps, words, sentence
+        return [*maps[:2], last], words, sentence
 
     def forward(self, images, tokens):
         """images (B, 3, S, S) normalized, tokens (B, L) → logits (B, 1, S/4, S/4)."""
@@ -427,9 +426,9 @@ def positional_embeddings(clip: CLIP) -> list[nn.Parameter]:
 
 
 def scale_down_init(model):
-    """Ours: what joins the frozen streams, and what writes the kernel, starts at a tenth (ledger).
+    """Ours: what joins the frozen streams, and what writes the kernel, starts at a tenth.
 
-    The initial model is nearly plain CLIP, its decoder passes features on, its logits are near 0.
+    The first model is closer to plain CLIP, and its logits are smaller (ledger 29, measured).
     """
     layers = [model.projector.txt]
     for bridge in model.bridger.values():
@@ -475,7 +474,7 @@ def build_etris(
             clip.visual.positional_embedding = nn.Parameter(positions)
 
     # before the Bridger, so that a seed gives the same decoder with and without one
-    decoder = HierarchicalAlignment(clip), GlobalAlignment(clip, dropout, released), Projector(clip)
+    decoder = HierarchicalAlignment(clip), GlobalAlignment(clip, dropout), Projector(clip)
     branch = None
     if connect and not is_vit:
         branch = conv_bn(clip.visual.channels[2], clip.config.embed_dim)[:2]  # without the ReLU

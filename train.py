@@ -4,9 +4,7 @@
     python train.py --backbone RN101 --dataset refcoco --data DIR          the paper's run, one GPU
     torchrun --nproc_per_node N train.py …                                the same run on N GPUs
 
-Every epoch is validated; the best by val mIoU is tested at the end. --out holds args.json,
-log.jsonl (first line: provenance), last.pt, best.pt, curves.png, predictions_<epoch>.png and
-result.json.
+Every epoch is validated; the best by val mIoU is tested (files of --out: docs/commands.md).
 """
 
 import argparse
@@ -103,19 +101,16 @@ def complete(args) -> argparse.Namespace:
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise UserError(f"--dropout {args.dropout}: choose a probability from 0 to below 1")
 
-    args.bridge_lr = preset.bridge_lr
-    if args.lr is not None:
-        args.bridge_lr = args.lr * (preset.bridge_lr / preset.lr)
     for name in ("size", "epochs", "batch_size", "lr", "schedule", "width", "dropout"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(preset, name))
+    args.bridge_lr = args.lr * (preset.bridge_lr / preset.lr)
     args.beta2 = preset.beta2
     if args.words is None:
         of_datasets = [config.MAX_TOKENS.get(name.strip(), 17) for name in args.dataset.split(",")]
         args.words = preset.max_tokens or max(of_datasets)
     limit = CLIP_CONFIGS[args.backbone].context_length if args.backbone in CLIP_CONFIGS else 77
-    if not 3 <= args.words <= limit:
-        raise UserError(f"--words {args.words}: choose 3 to {limit}, the frozen CLIP's limit")
+    checkpoint.check_max_tokens(args.words, limit)
     return args
 
 
@@ -370,9 +365,8 @@ def main(argv=None):
         common.seed_all(args.seed + 10**6 * distributed.rank() + state.global_step)
     if distributed.rank() == 0:
         checkpoint.open_run_folder(args, model, distributed.world_size())
-    train_model = distributed.wrap(model)
-    if args.compile:
-        train_model = compile_if_possible(train_model, device)
+    wrapped = distributed.wrap(model)
+    train_model = compile_if_possible(wrapped, device) if args.compile else wrapped
     samples = data.TrainDataset(train_set, args.size, args.words, args.seed)
     bar = tqdm(total=total_steps, initial=state.global_step, miniters=10, file=sys.stdout)
 

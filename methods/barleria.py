@@ -355,7 +355,7 @@ def build_barleria(
         over_batch = released
 
     # the decoder first: a seed gives it the same initial weights as in ETRIS
-    decoder = HierarchicalAlignment(clip), GlobalAlignment(clip, dropout, released), Projector(clip)
+    decoder = HierarchicalAlignment(clip), GlobalAlignment(clip, dropout), Projector(clip)
     side = SideNetwork(clip, size, width, over_batch) if global_prior else None
     model = BarLeRIa(clip, *decoder, side, both_ways, size, max_tokens)
     for parameter in positional_embeddings(clip):

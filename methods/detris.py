@@ -301,7 +301,7 @@ def build_detris(
 
     # the decoder first: a seed gives it the same initial weights as in ETRIS
     hierarchical_alignment = HierarchicalAlignment(clip)
-    global_alignment = GlobalAlignment(clip, dropout, released)
+    global_alignment = GlobalAlignment(clip, dropout)
     projector = Projector(clip)
     # DINO's last map is not in the joint space, so it has C channels, not E
     hierarchical_alignment.project[2] = conv_bn(C, D, conv=nn.ConvTranspose2d)

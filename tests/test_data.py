@@ -170,6 +170,17 @@ def test_images_of_refcoco_are_taken_as_stored(refer_tree):
     assert open_dataset("refcoco", "train", refer_tree)[0].image.shape == (HEIGHT, WIDTH, 3)
 
 
+@pytest.mark.parametrize("folder", ["train2014\\", "C:\\coco\\train2014\\", "train2014/"])
+def test_names_of_images_may_have_folders_of_either_slash(refer_tree, folder):
+    """instances.json prepared on Windows, read on Linux."""
+    refs, instances = refer_tables()
+    for row in instances["images"]:
+        row["file_name"] = folder + row["file_name"]
+    instances_file = refer_tree / "refcoco" / "instances.json"
+    instances_file.write_text(json.dumps(instances), encoding="utf-8")
+    assert open_dataset("refcoco", "train", refer_tree)[1].image.shape == (HEIGHT, WIDTH, 3)
+
+
 def test_missing_files_name_the_command_that_gets_them(tmp_path):
     with pytest.raises(UserError, match=r"prepare\.py refcocog-umd --data"):
         open_dataset("refcocog-umd", "train", tmp_path)
@@ -310,6 +321,29 @@ def test_wrong_lines_can_be_skipped_and_are_kept_in_a_list(tmp_path):
     assert len(open_dataset(str(own), "train", skipped=skipped)) == 2
     assert len(skipped) == 1
     assert "line 2" in skipped[0]
+
+
+def test_a_folder_prepared_on_windows_is_read(tmp_path):
+    """Its names have backslashes. Both spellings of a file are the same image, of one id."""
+    windows = {"image": "images\\0.png", "mask": "masks\\1.png", "sentences": ["a cup"]}
+    own = write_folder(tmp_path, [record(0), windows])
+    dataset = open_dataset(str(own), "train")
+    np.testing.assert_array_equal(dataset[1].mask, rectangle(0, 0, 20, 10))
+    assert [sample.image_id for sample in dataset.samples] == [0, 0]
+
+
+def test_a_mask_in_the_alpha_channel_is_the_object(tmp_path):
+    """White everywhere and opaque where the object is: it was read as the whole image."""
+    own = write_folder(tmp_path, [record()])
+    white = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
+    inside = rectangle(10, 20, 30, 35)
+    mask = Image.fromarray(np.dstack([white, 255 * inside.astype(np.uint8)]))
+    mask.save(own / "masks" / "0.png")
+    np.testing.assert_array_equal(open_dataset(str(own), "train")[0].mask, inside)
+    mask.putalpha(Image.linear_gradient("L").resize(mask.size))
+    mask.save(own / "masks" / "0.png")
+    with pytest.raises(UserError, match=r"masks.0\.png: .*transparency"):
+        open_dataset(str(own), "train")[0]
 
 
 def test_ones_own_images_are_turned_as_exif_says(tmp_path):
@@ -463,6 +497,24 @@ def test_a_batch_travels_as_uint8_and_is_normalized_on_the_device(refer_tree):
     assert moved["mask"].dtype == torch.float32
     for key in ("tokens", "ref_id", "sentence"):
         assert moved[key] is batch[key]
+
+
+def test_copies_wait_unless_the_device_is_a_gpu_with_pinned_memory(refer_tree, monkeypatch):
+    """A copy to another device that is not waited for may take memory that is freed by then."""
+    batch = next(
+        iter(train_loader(TrainDataset(open_dataset("refcoco", "train", refer_tree), 32, 8), 2, 0))
+    )
+    asked = []
+    copy = torch.Tensor.to
+
+    def to(tensor, *args, **options):
+        asked.append(options.get("non_blocking", False))
+        return copy(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    assert to_device(batch, "meta")["image"].device.type == "meta"
+    assert len(asked) >= 3
+    assert not any(asked)
 
 
 def test_the_sentence_depends_on_seed_epoch_and_object_alone(refer_tree):

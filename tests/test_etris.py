@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from checkpoint import build_model
-from clip_model import CLIP, CLIP_CONFIGS, CLIPConfig, build_clip, init_by_name, load_clip
+from clip_model import CLIP, CLIP_CONFIGS, CLIPConfig, build_clip, load_clip
 from etris import (
     Gate,
     GatedInteractor,
@@ -24,6 +24,7 @@ from etris import (
     zoom_layer,
 )
 from fast import set_fast
+from utils.clip_weights import init_by_name
 from utils.common import UserError
 from utils.tokenizer import padding_mask, tokenize
 

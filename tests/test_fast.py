@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 import train
 from checkpoint import build_model
-from clip_model import CLIP, Attention, CLIPConfig, build_clip, init_by_name
+from clip_model import CLIP, Attention, CLIPConfig, build_clip
 from data import open_dataset
 from etris import Gate, Projector, build_etris, text_to_pixel_loss
 from evaluate import evaluate
@@ -29,6 +29,7 @@ from fast import (
     set_fast,
 )
 from methods.peft import apply_tuning, parse_tuning
+from utils.clip_weights import init_by_name
 from utils.tokenizer import tokenize
 
 DEEP = CLIPConfig(

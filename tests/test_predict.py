@@ -62,10 +62,22 @@ def test_the_mask_lies_on_the_image_as_it_is_seen(bright_model, tmp_path):
         assert iou(segment(bright_model, image, "bright"), upper) > 0.85
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA", "I;16"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_an_image_whose_exif_cannot_be_read_is_segmented(bright_model, tmp_path, kind):
+    """From a path and from a PIL image, which ended with a bare SyntaxError."""
+    Image.fromarray(photo()).save(tmp_path / "x", kind, exif=b"no TIFF", quality=100)
+    for image in (tmp_path / "x", Image.open(tmp_path / "x")):
+        assert iou(segment(bright_model, image, "bright"), BRIGHT) > 0.85
+
+
+DEEP = {"I;16": np.uint16(257), "I": np.int32(257), "F": np.float32(1 / 255)}
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA", *DEEP])
 def test_images_of_every_mode_are_segmented(bright_model, mode):
-    if mode == "I;16":
-        image = Image.fromarray(photo()[..., 0].astype(np.uint16) * 257)
+    if mode in DEEP:
+        image = Image.fromarray(photo()[..., 0] * DEEP[mode])
+        assert image.mode == mode
     else:
         image = Image.fromarray(photo()).convert(mode)
     assert iou(segment(bright_model, image, "bright"), BRIGHT) > 0.85
@@ -111,6 +123,13 @@ def test_the_model_keeps_the_mode_it_had(bright_model):
 def test_an_empty_sentence_is_refused(bright_model, sentences):
     with pytest.raises(UserError, match="none of them empty"):
         segment(bright_model, photo(), sentences)
+
+
+@pytest.mark.parametrize("image", [Image.new("F", (4, 4), -1), torch.zeros(3, 4, 4), None])
+def test_what_is_no_image_is_refused_in_one_line(bright_model, image):
+    with pytest.raises(UserError) as caught:
+        segment(bright_model, image, "bright")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -211,6 +230,46 @@ def test_a_folder_of_images_gives_a_folder_of_results(run, tmp_path):
     for folder in ("masks", "drawn"):
         names = sorted(path.name for path in (tmp_path / folder).iterdir())
         assert names == ["a.jpg.png", "a.png.png", "b.png"]
+
+
+def test_what_a_phone_and_a_mac_leave_in_a_folder_is_said_and_counted(run, tmp_path, capsys):
+    """HEIC and DNG beside JPEG went unsaid; ._IMG_1.JPG, .pdf and .mpg ended the command."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("IMG_1.JPG", "IMG_2.JPG"):
+        Image.fromarray(photo()).save(folder / name)
+    double = b"\x00\x05\x16\x07\x00\x02\x00\x00" + bytes(4096)
+    contents = {
+        "IMG_3.HEIC": b"\0\0\0\x18ftypheic" + bytes(90),
+        "IMG_4.DNG": b"II*\0" + bytes(90),
+        "._IMG_1.JPG": double,
+        "scan.pdf": b"%PDF-1.4",
+        "film.mpg": b"\0\0\1\xb3" + bytes(90),
+        ".DS_Store": bytes(90),
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "album").mkdir()
+    run("--image", "in", "--text", "bright", "--out", "drawn")
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [
+        "IMG_1.png",
+        "IMG_2.png",
+    ]
+    out = capsys.readouterr().out
+    names = ".DS_Store, ._IMG_1.JPG, IMG_3.HEIC, IMG_4.DNG, film.mpg and 1 more"
+    assert f"in: 6 of 8 files are no images that can be read here: {names}\n" in out
+    assert "in: folders inside are not looked into: album\n" in out
+
+
+def test_a_folder_of_nothing_that_can_be_read_is_refused_and_says_why(run, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "IMG_3.HEIC").write_bytes(b"ftypheic")
+    with pytest.raises(SystemExit):
+        run("--image", "in", "--text", "bright", "--out", "drawn")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "in holds no image. 1 of 1 files" in error
+    assert "IMG_3.HEIC: save photographs as JPEG or PNG" in error
 
 
 def test_one_bad_image_in_a_folder_is_said_before_anything_is_written(run, tmp_path):

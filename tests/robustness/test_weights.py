@@ -5,16 +5,17 @@ import io
 import os
 import warnings
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import clip_model
-from clip_model import CLIP, CLIP_CONFIGS, CLIPConfig, init_by_name, load_clip
+from clip_model import CLIP, CLIP_CONFIGS, CLIPConfig, load_clip
 from robustness.server import Server
 from utils import clip_weights, download
-from utils.clip_weights import CLIP_FILES, read_weights
+from utils.clip_weights import CLIP_FILES, init_by_name, read_weights
 from utils.common import UserError
 
 SMALL = {  # official names, small sizes
@@ -107,6 +108,22 @@ def official(name="RN50"):
 
 
 MIRROR = "/mirror/RN50.bin"
+
+
+def test_an_archive_is_opened_by_python_whatever_its_name(tmp_path, monkeypatch, archives):
+    """torch.jit.load takes a name as bytes of its own: on Windows it fails for ç, ü and 流."""
+    path = tmp_path / "çü流.pt"
+    path.write_bytes(archives["RN50"])
+    load = torch.jit.load
+
+    def windows_load(file, *args, **options):
+        assert not isinstance(file, str | Path)
+        return load(file, *args, **options)
+
+    monkeypatch.setattr(torch.jit, "load", windows_load)
+    state = clip_weights.read_weights(path)
+    for name, x in weights("RN50").items():
+        assert torch.equal(state[name], x.float() if x.is_floating_point() else x)
 
 
 def assert_loaded(clip, name, tmp_path):

@@ -1,6 +1,16 @@
 """What `utils/plots.py` promises: figures that show what they are given, and nothing else."""
 
-from utils.plots import draw_groups, label
+import io
+import tracemalloc
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.plots import contact_sheet, draw_groups, draw_pairs, label, overlay
+
+LARGE = (3000, 4000)  # 12 megapixels
 
 
 def test_the_figure_of_digits_shows_who_was_taken_for_whom_and_nothing_else(tmp_path, monkeypatch):
@@ -24,3 +34,44 @@ def test_a_label_is_short_and_printable():
     """300 characters at most, a line break only where lines are wrapped."""
     assert label("a\x00b\nc", 44) == "a b c"
     assert label("x" * 400, 400) == "x" * 299 + "…"
+
+
+def large_sample():
+    """A white photograph of 12 megapixels whose left half is the object."""
+    image = np.full((*LARGE, 3), 255, np.uint8)
+    mask = np.zeros(LARGE, bool)
+    mask[:, : LARGE[1] // 2] = True
+    return SimpleNamespace(image=image, mask=mask, sentences=["the left half"])
+
+
+@pytest.fixture
+def peak():
+    """The most memory, in bytes, that Python and numpy have held since the test began."""
+    tracemalloc.start()
+    yield lambda: tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+
+def test_a_large_photograph_is_drawn_at_the_figures_size(tmp_path, peak):
+    """In floats it would take 288 MB, and matplotlib's copies some gigabytes."""
+    sample = large_sample()
+    before = peak()
+    drawn = np.asarray(Image.open(io.BytesIO(overlay(sample.image, [sample.mask], ["x"]))))
+    contact_sheet([sample], tmp_path / "sheet.png")
+    draw_pairs([sample], [sample.mask], tmp_path / "pairs.png")
+    assert peak() - before < 100e6
+    assert max(drawn.shape) < 1100
+    y = drawn.shape[0] // 4
+    x = drawn.shape[1]
+    # white under 55 % of orange (230, 159, 0), and white
+    np.testing.assert_allclose(drawn[y, x // 4, :3], [241, 202, 115], atol=2)
+    np.testing.assert_allclose(drawn[y, 3 * x // 4, :3], [255, 255, 255], atol=2)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (8, 20000)])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_sheet_takes_images_of_any_shape_and_masks_without_an_outline(tmp_path, shape, inside):
+    image = np.zeros((*shape, 3), np.uint8)
+    sample = SimpleNamespace(image=image, mask=np.full(shape, inside), sentences=["a line"])
+    contact_sheet([sample], tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size
