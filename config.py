@@ -20,7 +20,6 @@ class Preset:
     width: int  # of the Bridger; of BarLeRIa's side network; rank of DETRIS' aligners
     dropout: float = 0.1
     beta2: float = 0.999  # of Adam
-    max_tokens: int | None = None  # per sentence, where the data set does not decide it
 
 
 def etris(size=416, bridge_lr=1e-4):
@@ -80,7 +79,6 @@ BARLERIA_PRESETS = {
         bridge_lr=1e-4,
         schedule="step",
         width=144,
-        max_tokens=17,  # also on RefCOCOg
     ),
     "tiny-vit": tiny(size=96, epochs=3, batch_size=16, lr=1.5e-3, width=48),
 }
@@ -96,8 +94,13 @@ DEFAULT_BACKBONES = {"etris": "tiny", "barleria": "tiny-vit", "detris": "tiny-di
 # Where the learning rate falls to a tenth, as shares of the run: ETRIS (section 4.2), DETRIS base
 SCHEDULE_DROPS = {"step": (35 / 50,), "two-step": (35 / 65, 55 / 65)}
 
-# Tokens per sentence, start and end included (section 4.2); 17 for every other data set
-MAX_TOKENS = {"refcocog-umd": 22, "refcocog-google": 22, "scenes-g": 22}
+# Tokens per sentence, start and end included: ETRIS section 4.2, and the released configurations
+# of the others; 17 for every other data set
+MAX_TOKENS = {
+    "etris": {"refcocog-umd": 22, "refcocog-google": 22, "scenes-g": 22},
+    "barleria": {},
+    "detris": {"refcocog-umd": 22, "scenes-g": 22},
+}
 
 # Objects to evaluate of drawn scenes, whose number has no natural limit
 SCENE_LIMITS = {"val": 200, "test": 500}

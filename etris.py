@@ -282,7 +282,7 @@ def text_to_pixel_loss(logits: Tensor, masks: Tensor, nearest: bool = False) -> 
     """
     targets = F.interpolate(masks, logits.shape[2:], mode="nearest" if nearest else "area")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # out of half precision
-    return F.binary_cross_entropy_with_logits(logits, targets)
+    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
 
 
 # ---------------------------------------------------------------------------------- the whole model

@@ -107,8 +107,8 @@ def complete(args) -> argparse.Namespace:
     args.bridge_lr = args.lr * (preset.bridge_lr / preset.lr)
     args.beta2 = preset.beta2
     if args.words is None:
-        of_datasets = [config.MAX_TOKENS.get(name.strip(), 17) for name in args.dataset.split(",")]
-        args.words = preset.max_tokens or max(of_datasets)
+        max_tokens = config.MAX_TOKENS[args.system]
+        args.words = max(max_tokens.get(name.strip(), 17) for name in args.dataset.split(","))
     limit = CLIP_CONFIGS[args.backbone].context_length if args.backbone in CLIP_CONFIGS else 77
     checkpoint.check_max_tokens(args.words, limit)
     return args

@@ -210,6 +210,20 @@ class SideNetwork(nn.Module):
         return x[:, -h * w :].mT.unflatten(2, (h, w))
 
 
+def init_as_released(side: SideNetwork):
+    """The side network's initial values as in the original (docs/differences.md, B7)."""
+    for module in [*side.blocks.modules(), *side.feedback.modules()]:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for _, conv in side.fusions:
+        nn.init.kaiming_uniform_(conv.weight, a=1)  # Caffe2's Xavier: ±√(3 / fan in)
+        nn.init.zeros_(conv.bias)
+    for i in (0, 2):
+        side.prompt[i].reset_parameters()  # torch's default
+
+
 # ------------------------------------------------------------------------------------- whole model
 class BarLeRIa(ETRIS):
     """ETRIS' decoder behind a CLIP ViT with flows in its shortcuts, prompts and a side network.
@@ -340,7 +354,8 @@ def build_barleria(
     """BarLeRIa around a frozen CLIP ViT.
 
     width: of the side network. global_prior=False: no side network. released=True: what the
-    original released, including its cosine over the batch unless over_batch=False.
+    original released, including its initial values, and its cosine over the batch unless
+    over_batch=False.
     """
     config = clip.config
     if config.patch_size is None or config.vision_layers % 3:
@@ -362,5 +377,7 @@ def build_barleria(
         parameter.requires_grad_(released)
     if not released:
         scale_down_init(model)
+    elif global_prior:
+        init_as_released(side)
     model.align_corners = released
     return model.train()

@@ -11,12 +11,11 @@ from clip_model import (
     Attention,
     CLIPConfig,
     build_clip,
-    init_by_name,
     load_clip,
     resize_positions,
 )
 from fast import set_fast
-from utils.clip_weights import read_weights
+from utils.clip_weights import init_by_name, read_weights
 from utils.common import UserError
 from utils.tokenizer import tokenize
 

@@ -268,6 +268,17 @@ def test_the_loss_by_hand_on_a_two_by_two_image():
     assert text_to_pixel_loss(logits, shifted, nearest=True).item() > loss
 
 
+def test_the_loss_leaves_half_precision_and_keeps_float64():
+    """bf16 logits: the loss in float32, of their exact values. Float64: to the fifteenth digit."""
+    logits = torch.full((1, 1, 2, 2), 1.5)
+    masks = torch.ones(1, 1, 8, 8)
+    exact = math.log(1 + math.exp(-1.5))
+    for dtype, bound in ((torch.bfloat16, 1e-6), (torch.float32, 1e-6), (torch.float64, 1e-15)):
+        loss = text_to_pixel_loss(logits.to(dtype), masks)
+        assert loss.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+        assert loss.item() == pytest.approx(exact, rel=bound)
+
+
 def test_the_loss_is_all_that_etris_learns_from():
     """`auxiliary_loss` is the place of another system's regularizer: here nothing is added."""
     assert small().auxiliary_loss() == 0

@@ -1,5 +1,6 @@
 """The README and docs/ say what is there: links, commands, the tree, tests, shapes, figures."""
 
+import argparse
 import ast
 import json
 import re
@@ -193,10 +194,19 @@ def test_every_quoted_command_is_one_that_its_parser_takes(page, monkeypatch):
             train.arguments(arguments)
 
 
+def all_actions(parser):
+    """A parser's actions and those of its subcommands."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for subparser in action.choices.values():
+                yield from all_actions(subparser)
+
+
 def test_every_option_that_is_named_alone_belongs_to_a_command(monkeypatch):
     known = set()
     for main in COMMANDS.values():
-        for action in parser_of(main, monkeypatch)._actions:
+        for action in all_actions(parser_of(main, monkeypatch)):
             known |= set(action.option_strings)
     for page, text in PAGES.items():
         for option in re.findall(r"`(--[a-z-]+)[ `]", text.split(GIVEN_UP)[0]):
@@ -205,7 +215,7 @@ def test_every_option_that_is_named_alone_belongs_to_a_command(monkeypatch):
 
 def test_every_option_has_a_help_text(monkeypatch):
     for name, main in COMMANDS.items():
-        for action in parser_of(main, monkeypatch)._actions:
+        for action in all_actions(parser_of(main, monkeypatch)):
             assert action.help, (name, action.dest)
 
 

@@ -307,6 +307,23 @@ def test_only_a_split_that_is_not_there_is_replaced(refer_tree, capsys):
         train.open_split(args, "val", None)
 
 
+@pytest.mark.parametrize(
+    "system, backbone, umd, google",
+    [
+        ("etris", "RN101", 22, 22),
+        ("detris", "dinov2-base", 22, 17),
+        ("barleria", "ViT-B-16", 17, 17),
+    ],
+)
+def test_refcocogs_words_are_those_of_the_systems_configuration(system, backbone, umd, google):
+    """The released configurations' word_len; 17 on RefCOCO in all three."""
+    found = []
+    for dataset in ("refcocog-umd", "refcocog-google", "refcoco"):
+        args = ["--system", system, "--backbone", backbone, "--dataset", dataset]
+        found.append(train.arguments(args).words)
+    assert found == [umd, google, 17]
+
+
 def test_a_mix_has_the_words_of_its_longest_set(tmp_path):
     assert train.arguments(["--dataset", "scenes,scenes-g"]).words == 22
     assert train.arguments(["--dataset", "scenes,scenes+"]).words == 17

@@ -6,6 +6,7 @@ H W height and width of the image
 """
 
 import json
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from utils.annotations import (
 from utils.common import UserError, as_user_error
 from utils.images import decode_segmentation
 
+RUN_LENGTHS = re.compile("[0-o]+")  # COCO's text for them: 64 characters, [ among them
 BOX_ONLY = "a box and no mask"
 NEITHER = "neither mask nor box"
 
@@ -149,14 +151,16 @@ def find_sentences(row, categories) -> list[str]:
 
 def clean_segmentation(value) -> list | dict | str | None:
     """A segmentation as tools write it → polygons, run lengths, their text, or None if empty."""
-    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+    if isinstance(value, str):
+        if not value.strip("[] "):
+            return None
+        if RUN_LENGTHS.fullmatch(value):
+            return value
         value = json.loads(value)
-    if value is None or value in ("", [], {}):
+    if value is None or value in ([], {}):
         return None
     if isinstance(value, dict):
         return value if value["counts"] else None
-    if isinstance(value, str):  # the text of run lengths
-        return value
     if not isinstance(value, list):
         raise ValueError(f"segmentation is {value!r}")
     if not isinstance(value[0], list):  # one polygon, not in a list

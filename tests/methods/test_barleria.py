@@ -1,6 +1,7 @@
 """methods/barleria.py: flows in the shortcuts, prompts between the encoders, the side network."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +88,41 @@ def test_only_both_ways_without_global_gives_the_printed_039():
     assert count(one.flows, one.prompt_v) == 349_152
     assert one.side is None
     assert count(both.flows, both.prompt_v, both.prompt_t) == 390_656
+
+
+def side_of(released):
+    """A side network as large as the published one, at 64 pixels."""
+    config = replace(CLIP_CONFIGS["ViT-B-16"], text_layers=1, vision_layers=3, vocab_size=8)
+    torch.manual_seed(0)
+    clip = CLIP(config).requires_grad_(False)
+    return build_barleria(clip, 64, 17, released=released).side
+
+
+def test_the_released_side_network_starts_as_the_originals():
+    """Linear layers N(0, 0.02), fusions uniform in ±√(3 / 768), biases zero; the prompt's torch's:
+    uniform in ±√(1 / 512) and ±√(1 / 32). Ours: torch's everywhere, the prompt's N(0, 0.02).
+    """
+    side = side_of(released=True)
+    linears = [x for part in (side.blocks, side.feedback) for x in part.modules()]
+    linears = [x for x in linears if isinstance(x, torch.nn.Linear)]
+    weights = torch.cat([x.weight.flatten() for x in linears])
+    assert weights.std().item() == pytest.approx(0.02, rel=0.01)
+    assert weights.abs().max() > 0.06  # a normal's tail, not a uniform's end
+    fusions = torch.cat([conv.weight.flatten() for _, conv in side.fusions])
+    assert fusions.abs().max().item() == pytest.approx((3 / 768) ** 0.5, rel=1e-3)
+    assert fusions.std().item() == pytest.approx(768**-0.5, rel=0.01)
+    biased = [x for x in linears if x.bias is not None] + [conv for _, conv in side.fusions]
+    assert len(biased) == 4 * len(side.blocks) + 4
+    assert all(x.bias.abs().max() == 0 for x in biased)
+    for i, fan_in in ((0, 512), (2, 32)):
+        for x in (side.prompt[i].weight, side.prompt[i].bias):
+            assert 0.9 * fan_in**-0.5 < x.abs().max().item() <= fan_in**-0.5
+
+    ours = side_of(released=False)
+    assert ours.blocks[0].mlp.fc1.weight.abs().max().item() == pytest.approx(1 / 12, rel=0.01)
+    assert ours.blocks[0].mlp.fc1.bias.abs().max() > 0
+    assert ours.fusions[0][1].bias.abs().max() > 0
+    assert ours.prompt[2].weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 # -------------------------------------------------- flows
@@ -282,10 +318,14 @@ def test_the_side_network_reads_clips_blocks_at_four_heights():
 
 @torch.no_grad()
 def test_a_result_depends_on_its_neighbours_in_the_released_model_only():
-    """The original normalizes the prior over the batch (SPEC 6.3, 4)."""
+    """The original normalizes the prior over the batch (SPEC 6.3, 4). Its initial feedback is so
+    small that five digits do not show it, so it is enlarged.
+    """
     images, tokens = inputs(4)
     for over_batch in (False, True):
         model = small(released=True, over_batch=over_batch).eval()
+        for parameter in model.side.feedback.parameters():
+            parameter.mul_(10)
         together = model(images, tokens)
         alone = torch.cat([model(images[i : i + 1], tokens[i : i + 1]) for i in range(4)])
         same = torch.allclose(together, alone, atol=1e-5 * together.abs().max())
