@@ -1,16 +1,11 @@
 """The README and docs/ say what is there: links, commands, the tree, tests, shapes, figures."""
 
 import argparse
-import ast
-import json
 import re
 import shlex
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import data
 import evaluate
@@ -310,59 +305,3 @@ def test_the_question_is_the_one_of_the_record():
     assert len(gains) == 9
     for mean, low, high in gains:
         assert f"| {mean} | {low} to {high} |" in text
-
-
-# ---------------------------------------------------------------------------------- own_data.md
-def own_data_script(heading):
-    page = PAGES["docs/own_data.md"]
-    section = page[page.index(heading) :]
-    code = re.search(r"```python\n(.*?)```", section, re.S).group(1)
-    ast.parse(code)
-    return code
-
-
-def photo(path):
-    path.parent.mkdir(exist_ok=True)
-    Image.fromarray(np.full((40, 60, 3), 90, np.uint8)).save(path)
-
-
-def test_the_coco_script_writes_a_dataset(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    photo(Path("images/a.png"))
-    square = [10, 5, 30, 5, 30, 25, 10, 25]
-    annotation = {"id": 3, "image_id": 7, "category_id": 1, "segmentation": [square]}
-    annotation |= {"area": 400, "bbox": [10, 5, 20, 20], "iscrowd": 0}
-    content = {
-        "images": [{"id": 7, "file_name": "a.png", "height": 40, "width": 60}],
-        "categories": [{"id": 1, "name": "cup"}],
-        "annotations": [annotation],
-    }
-    Path("instances.json").write_text(json.dumps(content), encoding="utf-8")
-    exec(own_data_script("## From COCO-style JSON"), {})
-    [sample] = [data.open_dataset("mine", "train")[0]]
-    assert list(sample.sentences) == ["the cup"]
-    assert sample.mask.sum() == 20 * 20
-
-    annotation["segmentation"] = []
-    Path("instances.json").write_text(json.dumps(content), encoding="utf-8")
-    Path("mine").rename("old")
-    with pytest.raises(SystemExit, match="a box is not a mask"):
-        exec(own_data_script("## From COCO-style JSON"), {})
-
-
-def test_the_labelme_script_writes_a_dataset(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    photo(Path("labelme/a.jpg"))
-    shape = {"label": "the red cup", "points": [[10, 5], [30, 5], [30, 25], [10, 25]]}
-    note = {"imagePath": "a.jpg", "shapes": [shape | {"shape_type": "polygon"}]}
-    Path("labelme/a.json").write_text(json.dumps(note), encoding="utf-8")
-    exec(own_data_script("## From LabelMe"), {})
-    sample = data.open_dataset("mine", "train")[0]
-    assert list(sample.sentences) == ["the red cup"]
-    assert sample.mask.sum() == 21 * 21  # PIL draws the outline as well
-
-    note["shapes"] = [shape | {"shape_type": "rectangle"}]
-    Path("labelme/a.json").write_text(json.dumps(note), encoding="utf-8")
-    Path("mine").rename("old")
-    with pytest.raises(SystemExit, match="a rectangle, not a polygon"):
-        exec(own_data_script("## From LabelMe"), {})
