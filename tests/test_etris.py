@@ -422,6 +422,20 @@ def test_activations_name_what_a_notebook_asks_for(config):
     assert saved and all(weights is None for weights in saved)
 
 
+def test_only_connects_norm_moves_of_what_the_released_model_freezes():
+    """One forward pass in training: CLIP's statistics stay, those of `connect` move."""
+    model = small(released=True)
+    frozen = {}
+    for name, x in model.named_buffers():
+        if name.startswith(("clip.", "connect.")):
+            frozen[name] = x.clone()
+    model(*inputs())
+    moved = {name for name, x in model.named_buffers() if not torch.equal(x, frozen.get(name, x))}
+    parts = ("running_mean", "running_var", "num_batches_tracked")
+    assert moved == {f"connect.1.{part}" for part in parts}
+    assert not any(p.requires_grad for p in model.connect.parameters())
+
+
 def test_ours_starts_small_and_the_released_as_the_original():
     """A tenth where bridges join, where decoder branches join, and in the layer that writes
     kernels: logits near 0.

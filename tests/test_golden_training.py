@@ -1,7 +1,7 @@
 """The original's training steps (tests/golden/README.md): it learns here as it learns there.
 
-Float64, dropout off. The bounds are those of the golden files' authors; what was found is a tenth
-of them or less, for the weights' way half.
+Float64, dropout off. The bounds are those of the golden files; found were 5e-14 for the loss,
+6e-14 for gradients and 2e-12 for steps.
 """
 
 import json

@@ -264,7 +264,10 @@ NAMES = {  # what the annotations say: what is on the disk below photos/
     "images\\0a1b2c3d-x.png": "images/0a1b2c3d-x.png",
     "plain.png": "0a1b2c3d-plain.png",
     "/data/local-files/?d=set%20a/x.png": "set a/x.png",
+    "/data/local-files/?d=x.png": "x.png",
     "http://localhost:8080/data/x.png?token=abc": "x.png",
+    "http://localhost:8080/data/my%20photo.png": "my photo.png",
+    "my+photo.png": "my photo.png",
     "x_jpg.rf.5f2b1c9e0a7d4e3f8b6a1c2d3e4f5a6b.jpg": "x.jpg",
     "x_png.rf.5f2b.jpg": "train/x_png.rf.5f2b.jpg",
     "y.jpg": "y_jpg.rf.5f2b.jpg",
@@ -710,11 +713,12 @@ def test_shapes_of_one_group_and_label_are_one_object(tmp_path):
         shape([[5, 40], [15, 50]], "rectangle"),
         shape([[25, 5], [35, 25]], "rectangle", group_id=0),
         shape([[45, 5], [55, 25]], "rectangle", group_id=0, label="pole"),
+        shape([[45, 40], [55, 50]], "rectangle"),
     ]
     labelme_file(tmp_path, shapes)
     records = from_labelme(tmp_path)
     halves = drawn("rectangle", (5, 5, 15, 25)) | drawn("rectangle", (25, 5, 35, 25))
-    assert [record["sentences"] for record in records] == [["cup"], ["cup"], ["pole"]]
+    assert [record["sentences"] for record in records] == [["cup"], ["cup"], ["pole"], ["cup"]]
     np.testing.assert_array_equal(records[0]["sample"].mask, halves)
 
 

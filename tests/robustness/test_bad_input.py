@@ -254,6 +254,15 @@ ARGUMENTS = (
         refcoco → --data
         refcoco --data photo.png → photo.png
         refcoco --data tree-refs-code → tree-refs-code/refcoco
+        from-coco none.json --images hollow --out m → none.json
+        from-coco photo.png --images hollow --out m → photo.png
+        from-coco deep.json --images hollow --out m → deep.json
+        from-coco photo.png --images none --out m → none
+        from-coco photo.png --images hollow --out m --boxes all → --boxes
+        from-coco photo.png --images hollow → --out
+        from-labelme hollow --out m → hollow holds no JSON
+        from-labelme photo.png --out m → photo.png
+        from-labelme hollow --out m --split half → --split
         """,
         "prepare.py {}",
     )
