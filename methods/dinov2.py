@@ -269,9 +269,9 @@ def dino_file(name: str) -> Path:
             fetch_dino(name, path)
         digest = sha256(path)
         if not hash_path.exists():
-            hash_path.write_text(f"{digest}  {path.name}\n")
+            hash_path.write_text(f"{digest}  {path.name}\n", encoding="utf-8")
             print(f"{path.name}: SHA-256 {digest}, none is published; kept in {hash_path}")
-        if hash_path.read_text().split() != [digest, path.name]:
+        if hash_path.read_text(encoding="utf-8").split() != [digest, path.name]:
             found = f"SHA-256 {digest[:12]}…, {hash_path.name} says otherwise"
             raise UserError(f"{path}: changed since it was downloaded ({found}): remove it")
     return path
