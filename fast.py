@@ -33,7 +33,8 @@ from methods.dinov2 import FusedAttention
 
 # --------------------------------------------------------------------------------------- attention
 def attend(self, q, k, v, attn_mask=None):
-    """MultiHeadAttention.attend by torch's kernel, which never stores the weights (B, heads, N, M).
+    """MultiHeadAttention.attend by torch's kernel, which never stores the weights (B, heads, N, M),
+    except on a CPU in training with dropout.
 
     Where somebody asks for the weights (save_attention), the plain path runs.
     """
