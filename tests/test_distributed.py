@@ -66,6 +66,13 @@ def test_ranges_of_the_ranks_are_the_whole(one_and_two):
     assert one_and_two[1]["ranges"] == list(range(7))
 
 
+def test_no_thread_of_the_group_outlives_it(one_and_two):
+    """One that wakes while Python ends aborts a process whose work is done."""
+    if sys.platform == "linux":
+        assert one_and_two[1]["threads"] > 0
+    assert one_and_two[1]["threads_at_the_end"] == 0
+
+
 def test_shares_of_an_epoch_are_all_of_it_once():
     for batch in epoch_batches(20, 6, seed=0, epoch=1):
         shares = [batch[rank::3] for rank in range(3)]

@@ -4,6 +4,7 @@ torchrun --nproc_per_node 2 tests/two_processes.py OUT.pt
 """
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -54,6 +55,11 @@ def scores():
     return evaluate(model, dataset, progress=False, threshold=0.5)
 
 
+def gloo_threads() -> int:
+    """Linux names a process's threads there; elsewhere 0."""
+    return sum("gloo" in path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+
+
 def main():
     distributed.start(torch.device("cpu"))
     found = {
@@ -62,10 +68,12 @@ def main():
         "ranges": distributed.all_gather_rows(list(distributed.rank_range(7))),
         "processes": distributed.world_size(),
     }
-    if distributed.rank() == 0:
+    rank = distributed.rank()
+    found["threads"] = gloo_threads()
+    distributed.stop()
+    found["threads_at_the_end"] = gloo_threads()
+    if rank == 0:
         torch.save(found, sys.argv[1])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """One run in several processes, started by torchrun: torch's own DistributedDataParallel."""
 
 import contextlib
+import gc
 import os
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.common import UserError
@@ -14,12 +14,22 @@ from utils.common import UserError
 def start(device):
     """Join the processes that torchrun started. UserError for more processes than GPUs."""
     local_rank = int(os.environ.get("LOCAL_RANK", -1))
-    if local_rank >= 0 and device.type == "cuda":
+    if local_rank < 0:
+        return
+    import torch._dynamo  # imported later, by DistributedDataParallel, it keeps the group alive
+
+    if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"{local_rank + 1} processes, fewer GPUs: lower --nproc_per_node")
         torch.cuda.set_device(local_rank)  # what "cuda" means from here on
-    if local_rank >= 0:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def stop():
+    """Leave the group. Its threads end here, or one might wake while Python ends, and abort it."""
+    gc.collect()  # what is left of DistributedDataParallel holds them
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:
@@ -35,18 +45,18 @@ def rank_range(count: int) -> range:
     return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
 
 
-def wrap(model: nn.Module) -> nn.Module:
+def wrap(model: torch.nn.Module) -> torch.nn.Module:
     """The model that averages gradients; on GPUs its tuned BatchNorms see the whole batch."""
     if world_size() == 1:
         return model
     if dist.get_backend() == "nccl":
         for name, child in model.named_children():
             if child is not model.backbone:
-                setattr(model, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+                setattr(model, name, torch.nn.SyncBatchNorm.convert_sync_batchnorm(child))
     return DistributedDataParallel(model)
 
 
-def no_sync(model: nn.Module, last: bool):
+def no_sync(model: torch.nn.Module, last: bool):
     """Of several micro-batches only the last one exchanges gradients."""
     return contextlib.nullcontext() if last or world_size() == 1 else model.no_sync()
 
