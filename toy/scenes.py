@@ -209,6 +209,11 @@ def plan_scene(flavour, split, index) -> Plan:
             return Plan(things, target, tuple(kinds), tuple(kinds.values()))
 
 
+def sentences_about(things, target, flavour, seed) -> dict[str, str]:
+    """{sentence: kind} about any of the things, for those who need more than the scene's own."""
+    return _Speaker(np.random.default_rng(seed), things, target).say(flavour)
+
+
 def _is_suitable(things, index, split) -> bool:
     """Enough things, another one of the target's shape or colour, a digit in test-numbers."""
     if split == "test-numbers" and things[index].shape != "number":
