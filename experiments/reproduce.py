@@ -5,6 +5,7 @@
                                                              the same at full size, one GPU
     python -m experiments.reproduce question                 does the Bridger help? paired over
                                                              seeds, with an interval
+    python -m experiments.reproduce talk                     when does anything cross it?
     python -m experiments.reproduce counts                   the paper's parameter counts, in
                                                              seconds; nothing is trained
 
@@ -35,6 +36,7 @@ from checkpoint import TrainState, build_model, resume_training, save_training
 from config import SCENE_LIMITS
 from data import REFCOCO_FILES, TrainDataset, epoch_batches, open_dataset, to_device, train_loader
 from evaluate import evaluate, group_scores
+from experiments.probe import PARTNERS, measure
 from experiments.tables import TABLES, Row, by_row, count_tuned, counts, differences, draw, report
 from methods.peft import parse_tuning
 from toy.scenes import FLAVOURS
@@ -214,14 +216,16 @@ def make_run_args(row, args, extra_args, rate=None, seed=0) -> argparse.Namespac
     options += ["--system", row.system, "--tuning", row.tuning, "--seed", str(seed)]
     if args.small:
         options += ["--batch-size", str(BATCH_SIZE)]
+    options += row.arguments
     options += extra_args
     if row.width is not None:
         options += ["--width", str(row.width)]
     if rate is not None:
         options += ["--lr", str(rate)]
     run_args = train.arguments(options)
+    run_args.bridge_lr *= row.bridge_rate
     batches = epoch_batches(len(open_splits(run_args)[0]), run_args.batch_size, seed, epoch=0)
-    run_args.steps = args.steps or run_args.epochs * len(batches)
+    run_args.steps = row.longer * (args.steps or run_args.epochs * len(batches))
     return run_args
 
 
@@ -244,6 +248,8 @@ def configuration(run_args, row) -> dict:
     )
     config["data"] = data_hash(run_args)
     config.update(row.build)
+    if row.traffic:
+        config["traffic"] = True
     return json.loads(json.dumps(config))  # as a file gives it back: tuples are lists
 
 
@@ -262,6 +268,9 @@ def run_once(run_args, row, bar, cache, stop) -> dict:
         seconds = 60 * state.total_minutes()
         val, _ = evaluate_run(run_args, model, val_set, device, dtype)
         result, rows = evaluate_run(run_args, model, test_set, device, dtype)
+        if row.traffic:
+            names = ("none", "image only", "text only", *PARTNERS)
+            result["traffic"] = measure(model, test_set, device, names=names, progress=False)
     return {
         **provenance(run_args.seed, model.backbone.identity),
         "steps": run_args.steps,
@@ -414,6 +423,8 @@ def run_table(name, args, extra_args, stop):
 
 def rates_of(row, args, extra_args) -> list[float]:
     """The three to choose from; only one at full size, or where the command line gives it."""
+    if row.rate and args.small:
+        return [row.rate]
     is_given = any(option.split("=")[0] == "--lr" for option in extra_args)
     if args.small and not is_given:
         return list(RATES)
@@ -466,6 +477,8 @@ def write_table(name, args, runs):
 
 def comparable(run, other, has_own_presets) -> bool:
     """Whether two runs may stand in one table: the same data, and the same work."""
+    if run["config"].get("traffic"):  # conditions differ in all of it
+        return True
     names = ["data", "dataset"]
     if not has_own_presets:
         names += ["steps", "size", "batch_size"]
@@ -480,7 +493,7 @@ def arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("table", metavar="TABLE", help=names)
     parser.add_argument("--seeds", type=integer(), help="runs of each row (3; question: 5)")
     parser.add_argument(
-        "--steps", type=integer(), help=f"in miniature ({STEPS}; question: {QUESTION_STEPS})"
+        "--steps", type=integer(), help=f"in miniature ({STEPS}; question, talk: {QUESTION_STEPS})"
     )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
     parser.add_argument("--backbone", default="tiny", help="tiny: in miniature (tiny)")
@@ -495,8 +508,8 @@ def arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
         if option.split("=")[0] in ("--seed", "--system", "--tuning"):
             remedy = "choose by --rows and --seeds"
             raise UserError(f"{option}: the table's rows and seeds decide that: {remedy}")
-    is_question = args.table == "question"
-    args.seeds = args.seeds or (5 if is_question else 3)
+    is_question = args.table in ("question", "talk")
+    args.seeds = args.seeds or (5 if args.table == "question" else 3)
     args.small = args.backbone.startswith("tiny")
     if args.small:
         args.steps = args.steps or (QUESTION_STEPS if is_question else STEPS)

@@ -25,6 +25,8 @@ class Row:
     printed: the paper's score, then Pr@0.5, 0.7 and 0.9 where there are any. parameters: as the
     paper prints them. why: why the count here may differ. tuning, system, width and options go to
     build_model. backbones: in miniature and at full size, where they are not the command's.
+    rate: the only one tried. bridge_rate: the Bridger's, as a multiple. longer: times the steps.
+    arguments: more of train.py's. traffic: whether experiments/probe.py measures the trained model.
     """
 
     name: str
@@ -36,6 +38,11 @@ class Row:
     options: dict = dataclasses.field(default_factory=dict)
     system: str = "etris"
     backbones: tuple = ()
+    rate: float | None = None
+    bridge_rate: float = 1.0
+    longer: int = 1
+    arguments: tuple = ()
+    traffic: bool = False
 
     @property
     def build(self) -> dict:
@@ -235,6 +242,29 @@ QUESTION = (
     Row(name="image to text", tuning="bridger+image-to-text"),
     COOP,
 )
+
+
+def condition(name, tuning="bridger", **changes) -> Row:
+    """A condition of docs/talk.md: the Bridger in it, at one rate, and its traffic."""
+    return Row(name=name, tuning=tuning, rate=2e-3, traffic=True, **changes)
+
+
+TALK = (
+    condition("as in the question"),
+    condition("without GA", tuning="bridger+no-ga"),
+    condition("decoder without words", tuning="bridger+no-words"),
+    condition("HA without gates", tuning="bridger+no-gates"),
+    condition("decoder without language", tuning="bridger+no-language"),
+    condition("Bridger's rate × 3", bridge_rate=3.0),
+    condition("Bridger's rate × 10", bridge_rate=10.0),
+    condition("joins start at 0.3", tuning="bridger+joins-3"),
+    condition("joins start at 1", tuning="bridger+joins-10"),
+    condition("dropout 0.1", arguments=("--dropout", "0.1")),
+    condition("three times the steps", longer=3),
+    condition("ViT kind", backbones=VIT),
+    condition("relations and order only", arguments=("--dataset", "scenes-where")),
+    condition("more, similar objects", arguments=("--dataset", "scenes-crowd")),
+)
 TABLES = {
     "table2": ("Parameter-efficient tuning", TABLE2),
     "table4": ("Number and scope of Bridgers", TABLE4),
@@ -244,6 +274,7 @@ TABLES = {
     "table8": ("With other methods", TABLE8),
     "systems": ("Three systems", SYSTEMS),
     "question": ("Does the Bridger help, and does it need to let anything cross?", QUESTION),
+    "talk": ("When does talk pay?", TALK),
 }
 
 
@@ -397,6 +428,9 @@ def report(file) -> str:
     parts = [markdown(file["table"], file["runs"])]
     if "difference" in file:
         parts.append(question_table(file["difference"]))
+        parts.append(arms_table(file["runs"]))
+    if file["table"] == "talk":
+        parts.append(talk_table(file["runs"]))
     if file["table"] == "systems":
         parts.append(published())
     return "\n".join(parts)
@@ -575,4 +609,87 @@ def question_table(intervals) -> str:
         between = "–" if x["low"] is None else f"{x['low']:+.2f} to {x['high']:+.2f}"
         lines.append(f"| {name} | {x['mean']:+.2f} | {between} | {x['seeds']} |")
     note = "The interval is training's chance on these test scenes, not that of the scenes."
+    return "\n".join([*lines, "", note, ""])
+
+
+# ----------------------------------------------------------------------------- what needs the talk?
+ARM_PAIRS = (  # a row, and the row that it is compared with
+    ("ETRIS", "fix backbone"),
+    ("mute", "fix backbone"),
+    ("text only", "fix backbone"),
+    ("image only", "fix backbone"),
+    ("text to image", "fix backbone"),
+    ("image to text", "fix backbone"),
+    ("CoOp", "fix backbone"),
+    ("ETRIS", "mute"),
+)
+
+
+def paired(runs, row, other, kinds=()) -> dict:
+    """mIoU of a row less that of another, seed by seed; over all sentences, or those of `kinds`."""
+    groups = by_row(runs)
+    differences = []
+    for run, reference in zip(groups[row], groups[other], strict=False):
+        if kinds:
+            differences.append(pooled(run, kinds) - pooled(reference, kinds))
+        else:
+            differences.append(run["mIoU"] - reference["mIoU"])
+    return interval(differences)
+
+
+def arms_table(runs) -> str:
+    """Each arm less the frozen backbone, ETRIS less mute: all sentences, then by kind, in mIoU.
+
+    The last line is the share of ETRIS' gain that is lost where nothing may cross: the interval of
+    ETRIS less mute, divided by the mean gain.
+    """
+    groups = by_row(runs)
+    kinds = list(groups["ETRIS"][0]["kinds"])
+    columns = ["mIoU, points", "all", *kinds, "seeds"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row, other in ARM_PAIRS:
+        if row not in groups or other not in groups:
+            continue
+        found = [paired(runs, row, other, kind) for kind in ((), *((kind,) for kind in kinds))]
+        cells = [f"{row} less {other}", *map(interval_cell, found), str(found[0]["seeds"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    if "mute" in groups:
+        cells = [share_cell(runs, kind) for kind in ((), *((kind,) for kind in kinds))]
+        lines.append(f"| share of the gain that needs talk | {' | '.join(cells)} | |")
+    note = "Mean and 95 % interval (paired t) over seeds, on the same test scenes."
+    return "\n".join([*lines, "", note, ""])
+
+
+def share_cell(runs, kinds) -> str:
+    """ETRIS less mute as a share of ETRIS less the frozen backbone, in percent."""
+    gain = paired(runs, "ETRIS", "fix backbone", kinds)["mean"]
+    talk = paired(runs, "ETRIS", "mute", kinds)
+    share = {name: talk[name] and 100 * talk[name] / gain for name in ("mean", "low", "high")}
+    return interval_cell(share, digits=0)
+
+
+def interval_cell(x, digits=2) -> str:
+    """+1.20 (+0.80 … +1.60)"""
+    mean = f"{x['mean']:+.{digits}f}"
+    if x["low"] is None:
+        return mean
+    return f"{mean} ({x['low']:+.{digits}f} … {x['high']:+.{digits}f})"
+
+
+def talk_table(runs) -> str:
+    """Per condition: what the trained model loses without the bridges, and with other partners."""
+    columns = ["condition", "mIoU", "lost with none", "text → image", "image → text", "seeds"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row, group in by_row(runs).items():
+        cells = [row, spread([run["mIoU"] for run in group])]
+        for name in ("none", "other sentence", "other image"):
+            drops = [
+                found["drop"] for run in group for found in run["traffic"] if found["row"] == name
+            ]
+            cells.append(interval_cell(interval(drops)))
+        lines.append(f"| {' | '.join([*cells, str(len(group))])} |")
+    note = (
+        "Traffic: mIoU lost when Δv is computed with another sentence about the same image, and Δt "
+        "with another image; mean and 95 % interval (t) over seeds."
+    )
     return "\n".join([*lines, "", note, ""])

@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 
 from clip_model import Attention, AttentionPool, Bottleneck, ResidualBlock
 from methods.arms import ARMS
+from methods.conditions import CONDITIONS
 from methods.dinov2 import FusedAttention
 from utils.common import UserError
 
@@ -423,6 +424,7 @@ METHODS = {
     "zoom-linear": zoom_linear,
     "zoom-interpolate": zoom_interpolate,
     "zoom-mlp": zoom_mlp,
+    **CONDITIONS,
     **ARMS,
 }
 

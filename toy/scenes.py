@@ -28,8 +28,10 @@ A landmark L is an X that fits one thing only, and is not among the X compared w
 12.8, 8 % of the side: a thing fits clearly with a score above it, and might fit above −MARGIN. A
 sentence is used only where the target fits clearly and nothing else might. "that can be seen in
 this picture" and the like mean nothing. `scenes` is short, without the same-as and the not;
-`scenes+` has no word of place; `scenes-g` has 8 to 16 words. test-numbers (digits to be told apart)
-and test-crowd (many things, close together) are the paper's failure cases.
+`scenes+` has no word of place; `scenes-g` has 8 to 16 words; `scenes-where` has
+order and relation alone; `scenes-crowd` has many things, of one or two shapes and two colours, in
+every split (the last two are conditions of `experiments.reproduce talk`). test-numbers (digits to
+be told apart) and test-crowd (many things, close together) are the paper's failure cases.
 """
 
 from dataclasses import dataclass
@@ -40,7 +42,7 @@ import numpy as np
 
 from utils.common import UserError
 
-FLAVOURS = ("scenes", "scenes+", "scenes-g")
+FLAVOURS = ("scenes", "scenes+", "scenes-g", "scenes-where", "scenes-crowd")
 SPLITS = {"train": 7500, "val": 500, "test": 2000, "test-numbers": 500, "test-crowd": 500}  # refs
 WORLD = 160  # side of the image in which things are planned
 MARGIN = 12.8
@@ -94,6 +96,10 @@ FORMS = {
         ("order", 2, ("{nth[0]} {x} from the {nth[1]}", "the {nth[0]} {x} from the {nth[1]}")),
         ("relation", 3, ("{x} {rel}", "the {x} {rel}")),
     ),
+    "scenes-where": (
+        ("order", 2, ("{nth[0]} {x} from the {nth[1]}", "the {nth[0]} {x} from the {nth[1]}")),
+        ("relation", 3, ("{x} {rel}", "the {x} {rel}")),
+    ),
     "scenes+": (
         ("attribute", 4, ("{x}", "the {x}", "the only {x}", "{size} {x}", "the {size} {x}")),
         ("attribute", 1, ("{x} that is not {other}", "the {x} that is not {other}")),
@@ -107,6 +113,7 @@ FORMS = {
         ("relation", 3, ("the {x} {at[1]} that is {rel}", "the {x} that is {rel} and {also}")),
     ),
 }
+FORMS["scenes-crowd"] = FORMS["scenes"]
 SLOTS = ("at", "most", "nth", "size", "rel", "also", "same", "other")
 
 
@@ -200,9 +207,9 @@ def plan_scene(flavour, split, index) -> Plan:
     rng = np.random.default_rng(_seed(flavour, split, index))
     # a scene of which nothing unique can be said is drawn again
     while True:
-        things = draw_things(rng, split)
+        things = draw_things(rng, split, alike=flavour == "scenes-crowd")
         target = int(rng.random() * len(things))
-        if not _is_suitable(things, target, split):
+        if not _is_suitable(things, target, flavour, split):
             continue
         kinds = _Speaker(rng, things, target).say(flavour)
         if kinds:
@@ -214,11 +221,12 @@ def sentences_about(things, target, flavour, seed) -> dict[str, str]:
     return _Speaker(np.random.default_rng(seed), things, target).say(flavour)
 
 
-def _is_suitable(things, index, split) -> bool:
+def _is_suitable(things, index, flavour, split) -> bool:
     """Enough things, another one of the target's shape or colour, a digit in test-numbers."""
     if split == "test-numbers" and things[index].shape != "number":
         return False
-    if len(things) <= (8 if split == "test-crowd" else 2):
+    is_crowd = flavour == "scenes-crowd" or split == "test-crowd"
+    if len(things) <= (8 if is_crowd else 2):
         return False
     target = things[index]
     others = [thing for i, thing in enumerate(things) if i != index]
@@ -240,11 +248,17 @@ def _pick(rng, options):
 
 
 # ----------------------------------------------------------------------------- things and positions
-def draw_things(rng, split) -> tuple[Thing, ...]:
-    """Three to eight things (crowd: ten to fifteen) that share a few shapes and colours."""
-    crowd = split == "test-crowd"
+def draw_things(rng, split, alike=False) -> tuple[Thing, ...]:
+    """Three to eight things (crowd: ten to fifteen) that share a few shapes and colours.
+
+    alike: a crowd of one or two shapes in two colours.
+    """
+    crowd = alike or split == "test-crowd"
     shapes = _draw_shapes(rng, numbers=split == "test-numbers")
     color_count = _pick(rng, (2, 3, 4))
+    if alike:
+        shapes = shapes[:2]
+        color_count = 2
     colors = [_pick(rng, tuple(COLORS)) for _ in range(color_count)]
     sizes = _draw_sizes(rng, crowd)
 

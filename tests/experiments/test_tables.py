@@ -4,11 +4,21 @@ import json
 
 import pytest
 
-from experiments.tables import TABLES, counts, differences, interval, report, spread
+from experiments.tables import (
+    TABLES,
+    arms_table,
+    counts,
+    differences,
+    interval,
+    paired,
+    report,
+    spread,
+    talk_table,
+)
 from utils.common import ROOT
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", sorted({*TABLES} - {"talk"}))  # not run yet
 def test_a_stored_table_prints_as_it_is_stored(name):
     """The .md beside every .json is what `report` makes of it."""
     file = json.loads((ROOT / "results" / f"{name}.json").read_text())
@@ -89,3 +99,32 @@ def test_counts_prints_every_table_with_the_paper_beside():
         here = int(line[3].replace(",", ""))
         equal = abs(here - float(line[2][:-1]) * unit) <= 0.0051 * unit
         assert equal or line[4].strip(" |"), line
+
+
+def test_the_share_that_needs_talk_by_hand():
+    """Gains of 10 and 12, of which mute keeps 9 and 9: 1 and 3 need talk, 2 of 11 points."""
+    runs = []
+    for row, scores in (("fix backbone", (40, 40)), ("ETRIS", (50, 52)), ("mute", (49, 49))):
+        for seed, score in enumerate(scores):
+            run = one_run(row, seed, relation=(10, score))
+            runs.append({**run, "mIoU": float(score)})
+    found = paired(runs, "ETRIS", "mute")
+    assert found["mean"] == 2 and found["sd"] == pytest.approx(2**0.5)
+    table = arms_table(runs)
+    assert "| ETRIS less fix backbone | +11.00 (" in table
+    assert "| share of the gain that needs talk | +18 (" in table
+    assert paired(runs, "mute", "fix backbone", ("relation",))["mean"] == 9
+
+
+def test_talk_table_prints_traffic_over_seeds():
+    traffic = [
+        {"row": "none", "drop": 5.0},
+        {"row": "other sentence", "drop": 1.0},
+        {"row": "other image", "drop": 0.0},
+    ]
+    run = {"row": "without GA", "mIoU": 50.0, "traffic": traffic}
+    more = [{**row, "drop": row["drop"] + 2} for row in traffic]
+    other = {"row": "without GA", "mIoU": 52.0, "traffic": more}
+    line = "| without GA | 51.00 ± 1.41 | +6.00 ("
+    assert line in talk_table([run, other])
+    assert talk_table([run]).count("| +5.00 | +1.00 | +0.00 | 1 |") == 1

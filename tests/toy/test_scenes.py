@@ -201,10 +201,13 @@ def test_scenes_are_as_hard_as_promised(plans):
     """Three to eight things (more in the crowd), a distractor in shape or colour, a digit as
     target in test-numbers;
     all inside the image, and at most one of the others overlaps the target."""
-    for _, split, plan in plans:
+    for flavour, split, plan in plans:
         target = plan.things[plan.target]
         others = [t for i, t in enumerate(plan.things) if i != plan.target]
-        assert 9 <= len(plan.things) <= 15 if split == "test-crowd" else 3 <= len(plan.things) <= 8
+        is_crowd = flavour == "scenes-crowd" or split == "test-crowd"
+        assert 9 <= len(plan.things) <= 15 if is_crowd else 3 <= len(plan.things) <= 8
+        if flavour == "scenes-crowd":
+            assert len({t.shape for t in plan.things}) <= 2
         assert any(t.shape == target.shape or t.colour == target.colour for t in others)
         assert split != "test-numbers" or target.digit is not None
         assert all(t.r <= min(t.x, t.y) and max(t.x, t.y) <= 160 - t.r for t in plan.things)
@@ -226,11 +229,16 @@ def test_one_to_four_different_sentences_of_mixed_kinds(plans):
         ]
         kinds = Counter(kind for plan in mine for kind in plan.kinds)
         share = {kind: count / kinds.total() for kind, count in kinds.items()}
-        wanted = {"attribute", "relation", "digit"} | (
-            {"place", "order"} if flavour != "scenes+" else set()
-        )
+        wanted = {"attribute", "relation", "digit", "place", "order"}
+        if flavour == "scenes+":
+            wanted -= {"place", "order"}
+        if flavour == "scenes-where":
+            wanted = {"order", "relation"}
         assert set(share) == wanted and min(share.values()) > 0.03, share
-        assert flavour == "scenes+" or share["place"] + share["order"] + share["relation"] >= 0.5
+        assert (
+            flavour in ("scenes+", "scenes-where")
+            or share["place"] + share["order"] + share["relation"] >= 0.5
+        )
     for _, _, plan in plans:
         assert 1 <= len(plan.sentences) <= 4 and len(plan.sentences) == len(plan.kinds)
         assert len(set(plan.sentences)) == len(plan.sentences)
