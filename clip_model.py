@@ -38,10 +38,10 @@ class MultiHeadAttention(nn.Module):
         self.save_attention = False
         self.attention_weights = None
 
-    def attend(self, q, k, v, attn_mask=None):
+    def attend(self, q, k, v, attn_mask=None, causal=False):
         """q (B, N, D), k and v (B, M, D) → (B, N, D).
 
-        attn_mask: bool, True where a query may look, broadcast to (B, heads, N, M).
+        attn_mask: bool, True where a query may look (broadcast). causal: look at no later key.
         """
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
         k = k.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, M, d)
@@ -49,6 +49,9 @@ class MultiHeadAttention(nn.Module):
         scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, heads, N, M)
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, float("-inf"))
+        if causal:
+            later = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
         weights = scores.softmax(-1)
         self.attention_weights = weights.detach() if self.save_attention else None
         weights = F.dropout(weights, self.dropout, self.training)
@@ -86,11 +89,7 @@ class Attention(MultiHeadAttention):
         attn_mask = None
         if key_padding_mask is not None:
             attn_mask = ~key_padding_mask[:, None, None, :]
-        if causal:
-            shape = (query.shape[1], key.shape[1])
-            earlier = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
-            attn_mask = earlier if attn_mask is None else attn_mask & earlier
-        return self.out_proj(self.attend(q, k, v, attn_mask))
+        return self.out_proj(self.attend(q, k, v, attn_mask, causal))
 
 
 def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
@@ -98,9 +97,14 @@ def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
     side = round((positions.shape[0] - 1) ** 0.5)
     if (side, side) == (height, width):
         return positions
-    grid = positions[1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, n, n)
-    grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:1], grid.flatten(2)[0].mT])
+    # bicubic, by two matrices: on a GPU interpolate's backward pass differs from run to run
+    identity = torch.eye(side, dtype=positions.dtype, device=positions.device)[None, :, :, None]
+    rows = F.interpolate(identity, (height, 1), mode="bicubic")[0]  # (n, H, 1)
+    columns = F.interpolate(identity, (width, 1), mode="bicubic")[0]  # (n, W, 1)
+    grid = positions[1:].unflatten(0, (side, side))  # (n, n, D)
+    grid = (grid[:, None] * rows[..., None]).sum(0)  # (H, n, D)
+    grid = (grid[:, :, None] * columns).sum(1)  # (H, W, D)
+    return torch.cat([positions[:1], grid.flatten(0, 1)])
 
 
 # ---------------------------------------------------------------------------- image encoder: ResNet

@@ -380,8 +380,7 @@ def train_loader(train_set, batch_size, epoch, start=0, workers=0, device="cpu")
 
 def to_device(batch, device) -> dict:
     """A loader's batch on `device`: image normalized (channels_last), mask float32 0..1, tokens."""
-    device = torch.device(device)
-    non_blocking = device.type == "cuda"  # only then is the memory pinned
+    non_blocking = torch.device(device).type == "cuda"  # only then is the memory pinned
     images = batch["image"].to(device, non_blocking=non_blocking)
     tokens = batch["tokens"].to(device, non_blocking=non_blocking)
     masks = batch["mask"].to(device, non_blocking=non_blocking)

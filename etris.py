@@ -178,8 +178,9 @@ class HierarchicalAlignment(nn.Module):
         columns = torch.linspace(-1, 1, w, device=merged.device)
         rows = torch.linspace(-1, 1, h, device=merged.device)
         coordinates = torch.stack([columns.expand(h, w), rows[:, None].expand(h, w)])
-        merged = torch.cat([merged, coordinates.expand(B, 2, h, w).to(merged.dtype)], dim=1)
-        return self.coordinates(merged)
+        coordinates = coordinates.to(merged.dtype).expand(B, 2, h, w)
+        coordinates = coordinates.contiguous(memory_format=torch.channels_last)
+        return self.coordinates(torch.cat([merged, coordinates], dim=1))
 
 
 def sine_positions(count: int, width: int, device=None) -> Tensor:

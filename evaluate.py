@@ -39,12 +39,15 @@ from data import (
 from fast import set_fast
 from toy.scenes import FLAVOURS, WORLD, Scene
 from utils.common import (
+    AMP_CHOICES,
     Parser,
     UserError,
     check_writable,
     command,
+    default_workers,
     integer,
     pick_device,
+    pick_dtype,
     warn,
     write_file,
 )
@@ -59,9 +62,9 @@ OCCLUSION_BINS = {0.0: "none", 0.1: "up to 10 %", 0.25: "up to 25 %", 1.0: "more
 
 
 # ----------------------------------------------------------------------------------------- metrics
-def intersection_union(prediction, truth) -> tuple[int, int]:
-    """Two bool masks (H, W) → pixels in both, pixels in either."""
-    return int((prediction & truth).sum()), int((prediction | truth).sum())
+def intersection_union(prediction, truth) -> tuple:
+    """Two bool masks (H, W) → pixels in both, pixels in either; counts stay on the device."""
+    return (prediction & truth).sum(), (prediction | truth).sum()
 
 
 def iou(intersection, union):
@@ -91,7 +94,7 @@ def grid_ceiling(dataset, size) -> dict[str, float]:
         cells = F.avg_pool2d(square, 4)
         square = F.interpolate(cells, (size, size), mode="bicubic")
         found = unletterbox(square[0, 0], box) > 0.5
-        table.append(intersection_union(found, torch.from_numpy(mask)))
+        table.append(torch.stack(intersection_union(found, torch.from_numpy(mask))).tolist())
     intersections, unions = zip(*table, strict=True)
     return summarize(intersections, unions)
 
@@ -121,7 +124,7 @@ class EvalDataset:
         return len(self.dataset)
 
     def __getitem__(self, i):
-        """image uint8 (3, S, S), box, mask bool (H, W), tokens (K, L), truncated (K,), sample.
+        """image uint8 (3, S, S), box, mask bool (H, W), tokens (K, L), K × truncated, sample.
 
         Of an object that cannot be read: error.
         """
@@ -136,7 +139,7 @@ class EvalDataset:
             "box": box,
             "mask": torch.from_numpy(sample.mask),
             "tokens": tokenize(sample.sentences, self.max_tokens),
-            "truncated": longer[:, -1] > 0,
+            "truncated": (longer[:, -1] > 0).tolist(),
             "sample": replace(sample, image=None, mask=None),  # they are tensors now
         }
 
@@ -152,6 +155,16 @@ def readable(items, keep_going, skipped):
             raise item["error"]
 
 
+def upload(items, device):
+    """The items with their tensors on `device`: copied once, whatever the number of sentences."""
+    non_blocking = device.type == "cuda"  # only then is the memory pinned
+    for item in items:
+        tensors = {}
+        for name in ("image", "mask", "tokens"):
+            tensors[name] = item[name].to(device, non_blocking=non_blocking)
+        yield item | tensors
+
+
 def sentence_batches(items, batch_size):
     """Lists of (item, index of the sentence), each `batch_size` long but for the last."""
     pairs = ((item, k) for item in items for k in range(len(item["tokens"])))
@@ -159,12 +172,18 @@ def sentence_batches(items, batch_size):
         yield batch
 
 
+def count_pixels(batch, masks) -> list[tuple[int, int]]:
+    """I and U of each sentence, read all at once: a read waits for all that the GPU does."""
+    counts = []
+    for (item, _), mask in zip(batch, masks, strict=True):
+        counts.extend(intersection_union(mask, item["mask"]))
+    return torch.stack(counts).view(-1, 2).tolist()
+
+
 def predict_masks(model, batch, device, threshold, dtype) -> list[Tensor]:
-    """A batch of (item, index of the sentence) → one bool mask (H, W) each."""
-    device = torch.device(device)
-    images = torch.stack([item["image"] for item, _ in batch])
-    images = normalize(images.to(device))
-    tokens = torch.stack([item["tokens"][k] for item, k in batch]).to(device)
+    """A batch of (item on `device`, index of the sentence) → one bool mask (H, W) each."""
+    images = normalize(torch.stack([item["image"] for item, _ in batch]))
+    tokens = torch.stack([item["tokens"][k] for item, k in batch])
     autocast = dtype not in (None, torch.float32)
     with torch.autocast(device.type, dtype=dtype, enabled=autocast):
         maps = predict_probabilities(model, images, tokens)  # (B, S, S)
@@ -197,10 +216,12 @@ def evaluate(
     dtype: of autocast, None for none; save_masks: a folder for the masks; keep_going: skip, and
     count, objects that cannot be read. Processes of torchrun share the objects; all get all rows.
     """
+    device = torch.device(device)
     count = len(dataset) if limit is None else min(limit, len(dataset))
     share = Subset(dataset, rank_range(count))
     items = EvalDataset(share, model.size, model.max_tokens)
-    loader = DataLoader(items, batch_size=None, num_workers=workers)
+    pin = device.type == "cuda"
+    loader = DataLoader(items, batch_size=None, num_workers=workers, pin_memory=pin)
     hidden = None if progress else True  # None: shown in a terminal only
     bar = tqdm(loader, "evaluate", disable=hidden, leave=False)
 
@@ -209,17 +230,22 @@ def evaluate(
     skipped = []
     was_training = model.training
     model.eval()
+    was_benchmark = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False  # train.py and evaluate.py give the same number
     try:
-        for batch in sentence_batches(readable(bar, keep_going, skipped), batch_size):
+        items = upload(readable(bar, keep_going, skipped), device)
+        for batch in sentence_batches(items, batch_size):
             masks = predict_masks(model, batch, device, threshold, dtype)
-            for (item, k), mask in zip(batch, masks, strict=True):
-                rows.append(score(item, k, mask))
-                seen.append((item["sample"].image_id, bool(item["truncated"][k])))
+            counts = count_pixels(batch, masks)
+            for (item, k), mask, (intersection, union) in zip(batch, masks, counts, strict=True):
+                rows.append(score(item, k, mask, intersection, union))
+                seen.append((item["sample"].image_id, item["truncated"][k]))
                 if save_masks:
                     name = f"{rows[-1]['ref_id']}_{rows[-1]['sent_id']}.png"
                     write_png(Path(save_masks, name), mask.cpu().numpy())
     finally:
         model.train(was_training)
+        torch.backends.cudnn.benchmark = was_benchmark
 
     rows = all_gather_rows(rows)
     seen = all_gather_rows(seen)
@@ -241,14 +267,15 @@ def evaluate(
         "dataset": dataset.name,
         "split": dataset.split,
         "words": model.max_tokens,
+        "device": device.type,
+        "dtype": str(dtype or torch.float32).removeprefix("torch."),
     }
     return result, rows
 
 
-def score(item, k, mask) -> dict:
+def score(item, k, mask, intersection, union) -> dict:
     """The row of the item's sentence k, of which `mask` (H, W) was predicted."""
     sample = item["sample"]
-    intersection, union = intersection_union(mask, item["mask"].to(mask.device))
     row = {
         "ref_id": sample.ref_id,
         "sent_id": sample.sent_ids[k],
@@ -328,7 +355,7 @@ def format_result(result) -> str:
     lines = [
         f"{result['dataset']} {result['split']}: {refs}, {sentences}, {images}",
         f"{result['policy']}, at the image's own size, probability > {result['threshold']}, "
-        f"model at {result['size']}",
+        f"model at {result['size']}, {result['dtype']}",
     ]
     if result["cut"]:
         lines.append(f"{result['cut']:,} sentences are longer than {result['words']} tokens: cut")
@@ -404,10 +431,13 @@ def arguments(argv=None):
     # Run
     parser.add_argument("--batch-size", type=integer(), default=32, help="sentences at a time (32)")
     parser.add_argument(
-        "--workers", type=integer(0, 64), default=0, help="processes that read images (0)"
+        "--workers", type=integer(0, 64), help="processes that read images (0; 8 on a GPU)"
     )
     parser.add_argument(
         "--device", choices=["cpu", "cuda", "mps"], help="where to run (the best available)"
+    )
+    parser.add_argument(
+        "--amp", default="auto", choices=AMP_CHOICES, help="number format, as train.py's (auto)"
     )
     # Output
     parser.add_argument("--json", metavar="FILE", help="write the result")
@@ -443,9 +473,11 @@ def arguments(argv=None):
 @command
 def main(argv=None):
     args = arguments(argv)
-    device, reason = pick_device(args.device)
-    print(f"device {device}: {reason}")
-    model = set_fast(load_checkpoint(args.checkpoint, args.weights, device, args.words))
+    device, device_reason = pick_device(args.device)
+    dtype, dtype_reason = pick_dtype(device, args.amp)
+    print(f"device {device}: {device_reason}; numbers {str(dtype)[6:]}: {dtype_reason}")
+    model = load_checkpoint(args.checkpoint, args.weights, device, args.words)
+    model = set_fast(model).to(memory_format=torch.channels_last)
     bad_lines = [] if args.keep_going else None
     dataset = open_dataset(
         args.dataset, args.split, args.data, args.limit, model.size, skipped=bad_lines
@@ -459,7 +491,8 @@ def main(argv=None):
             device,
             batch_size=args.batch_size,
             threshold=args.threshold,
-            workers=args.workers,
+            dtype=dtype,
+            workers=default_workers(device) if args.workers is None else args.workers,
             save_masks=folder if args.save_masks else None,
             keep_going=args.keep_going,
         )

@@ -19,33 +19,36 @@ cores of an AMD EPYC, each row with all before it (`python -m experiments.benchm
 B batch · L words · D text width · N pixel positions · C, O input and output channels · H W map
 """
 
+import functools
 import types
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 from clip_model import Attention, AttentionPool, Bottleneck, ModifiedResNet
-from etris import Gate, Projector
+from etris import DecoderLayer, Gate, Projector
 from methods.dinov2 import FusedAttention
 
 
 # --------------------------------------------------------------------------------------- attention
-def attend(self, q, k, v, attn_mask=None):
+def attend(self, q, k, v, attn_mask=None, causal=False):
     """MultiHeadAttention.attend by torch's kernel, which never stores the weights (B, heads, N, M),
     except on a CPU in training with dropout.
 
-    Where somebody asks for the weights (save_attention), the plain path runs.
+    Where somebody asks for the weights (save_attention), the plain path runs; and where a sentence
+    has a mask and is causal too, for the kernel takes only one of them.
     """
-    if self.save_attention:
-        return type(self).attend(self, q, k, v, attn_mask)
+    if self.save_attention or (causal and attn_mask is not None):
+        return type(self).attend(self, q, k, v, attn_mask, causal)
     self.attention_weights = None
     q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
     k = k.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, M, d)
     v = v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
     dropout_p = self.dropout if self.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal=causal)
     return out.transpose(1, 2).flatten(2)  # (B, N, D)
 
 
@@ -147,13 +150,17 @@ class FoldedPair:
         γ (w ∗ x − μ) / √(σ² + ε) + β  =  (a w) ∗ x + β − a μ      with a = γ / √(σ² + ε)
 
     The convolution computes this, BatchNorm passes it on. Both modules are still called, so what
-    methods/peft.py hooks behind them runs. The folded weights are made at every call, so that
-    tensors loaded later count; that costs little beside the convolution.
+    methods/peft.py hooks behind them runs. The folded weights are made and cast once, and again
+    after one of the five tensors was written to (not through .data, which torch does not count),
+    moved or replaced.
     """
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d):
         self.conv = conv
         self.bn = bn
+        self.sources = []  # the five tensors' memory, held, so that its address means no other
+        self.key = None  # where they lay and how often they had been written to
+        self.folded = None  # weight and bias
 
     def is_frozen(self) -> bool:
         """Whether no parameter of the pair learns and BatchNorm's statistics stand still."""
@@ -165,15 +172,41 @@ class FoldedPair:
         ]
         return not any(learns)
 
-    def conv_forward(self, x):
-        conv = self.conv
+    def fold(self, dtype) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the one convolution."""
         bn = self.bn
-        if not self.is_frozen():
-            return type(conv).forward(conv, x)
         inverse_std = (bn.running_var + bn.eps).rsqrt()
         scale = bn.weight * inverse_std
-        weight = conv.weight * scale[:, None, None, None]
+        weight = self.conv.weight * scale[:, None, None, None]
         bias = bn.bias - scale * bn.running_mean
+        return weight.to(dtype), bias.to(dtype)
+
+    def fold_once(self, dtype) -> tuple[Tensor, Tensor]:
+        """The same, from the last call if nothing has changed since."""
+        bn = self.bn
+        tensors = [self.conv.weight, bn.weight, bn.bias, bn.running_mean, bn.running_var]
+        if torch.compiler.is_compiling() or any(x.is_inference() for x in tensors):
+            return self.fold(dtype)  # no versions are counted
+        key = [dtype]
+        for x in tensors:
+            key += [x.untyped_storage()._cdata, x.stride(), x._version]
+        if key != self.key:
+            with torch.inference_mode(False), torch.no_grad():  # of use in training, too
+                self.folded = self.fold(dtype)
+                self.sources = [x.detach() for x in tensors]
+            self.key = key
+        return self.folded
+
+    def conv_forward(self, x):
+        conv = self.conv
+        if not self.is_frozen():
+            return type(conv).forward(conv, x)
+        dtype = conv.weight.dtype
+        kind = x.device.type
+        can_cast = dtype is torch.float32 and torch.amp.is_autocast_available(kind)  # not on "meta"
+        if can_cast and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        weight, bias = self.fold_once(dtype)
         return F.conv2d(x, weight, bias, conv.stride, conv.padding)
 
     def bn_forward(self, x):
@@ -234,6 +267,15 @@ def swap(module: nn.Module, name: str, method, on: bool):
         setattr(module, name, method)
     else:
         vars(module).pop(name, None)
+
+
+# ------------------------------------------------------------------------------------------- memory
+def recompute_decoder(model: nn.Module) -> nn.Module:
+    """Keep only the inputs of the decoder's layers; the backward pass computes each layer again."""
+    for layer in model.modules():
+        if isinstance(layer, DecoderLayer):
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    return model
 
 
 # ------------------------------------------------------------------------------------ torch.compile

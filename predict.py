@@ -1,13 +1,18 @@
 """6. One image and some sentences → masks and an overlay, with evaluation's own steps.
 
     python predict.py runs/x/best.pt --image photo.jpg --text "the man in red" --out overlay.png
+    python predict.py export runs/x/best.pt --out model.pt2  # to run elsewhere: docs/deploy.md
 
     from predict import load, segment
     mask = segment(load("runs/x/best.pt"), "photo.jpg", "the man in red")  # bool (H, W)
 
-H W the image's own height and width, once upright · S side of the square · K sentences
+B images · H W the image's own height and width, once upright · S side of the square ·
+K sentences · L tokens
 """
 
+import functools
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +20,10 @@ import torch
 from PIL import Image
 
 from checkpoint import load_checkpoint
-from data import letterbox, normalize, unletterbox
+from data import Letterbox, letterbox, normalize, unletterbox
 from evaluate import THRESHOLD, predict_probabilities
 from fast import set_fast
+from methods.export import check_export, export_bytes
 from utils.common import (
     Parser,
     UserError,
@@ -28,9 +34,14 @@ from utils.common import (
     warn,
     write_file,
 )
-from utils.images import is_image_name, read_image, read_pil
+from utils.images import is_image_name, read_image, read_image_bytes, read_pil
 from utils.plots import draw_pairs, overlay, write_png
+from utils.pool import worker_pool
 from utils.tokenizer import count_truncated, is_blank, tokenize
+
+BATCH_SIZE = 32  # sentences at a time
+STDIN = "-"  # as --image
+IMAGES_PER_WORKER = 16  # of a folder; for fewer, starting a process takes longer than it saves
 
 
 # ------------------------------------------------------------------------------------ from Python
@@ -60,22 +71,40 @@ def probabilities(model, image, sentences) -> np.ndarray:
     empty = isinstance(sentences, str) or len(sentences) == 0
     if empty or any(is_blank(sentence) for sentence in sentences):
         raise UserError(f"{sentences!r}: give a list of sentences, none of them empty")
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     square, box = letterbox(as_image(image), model.size)
-    images = normalize(square[None].to(device))  # (1, 3, S, S)
-    tokens = tokenize(sentences, model.max_tokens).to(device)  # (K, L)
+    tokens = tokenize(sentences, model.max_tokens)  # (K, L)
+    maps = predict_squares(model, square[None], tokens)[0]
+    return at_image_size(maps, box)
+
+
+@torch.inference_mode()
+def predict_squares(model, squares, tokens) -> torch.Tensor:
+    """squares uint8 (B, 3, S, S), tokens (K, L) → probabilities (B, K, S, S).
+
+    On the model's device. Each sentence is asked of each image, BATCH_SIZE pairs at a time.
+    """
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    B = len(squares)
+    K = len(tokens)
+    images = normalize(squares.to(device))  # (B, 3, S, S)
+    tokens = tokens.to(device)
+    image_index = torch.arange(B).repeat_interleave(K)  # 0 0 0 1 1 1 …
+    token_index = torch.arange(K).repeat(B)  # 0 1 2 0 1 2 …
 
     was_training = model.training
     model.eval()
     try:
         maps = []
-        for some in tokens.split(32):
-            repeated = images.expand(len(some), -1, -1, -1)
-            maps.append(predict_probabilities(model, repeated, some))
+        for i, k in zip(image_index.split(BATCH_SIZE), token_index.split(BATCH_SIZE), strict=True):
+            maps.append(predict_probabilities(model, images[i], tokens[k]))
     finally:
         model.train(was_training)
-    maps = unletterbox(torch.cat(maps), box)  # (K, H, W)
-    return maps.clamp_(0, 1).cpu().numpy()
+    return torch.cat(maps).unflatten(0, (B, K))
+
+
+def at_image_size(maps, box) -> np.ndarray:
+    """Probabilities of the square (K, S, S) → of the image, float32 (K, H, W), 0..1."""
+    return unletterbox(maps, box).clamp_(0, 1).cpu().numpy()
 
 
 def as_image(image) -> np.ndarray:
@@ -144,7 +173,7 @@ def output_paths(args) -> list[tuple]:
 
     UserError, before any work, where a result cannot be written or would replace another file.
     """
-    is_folder = Path(args.image).is_dir()
+    is_folder = args.image != STDIN and Path(args.image).is_dir()
     overlay_path = args.out or ("overlays" if is_folder else "overlay.png")
     wanted = [overlay_path, args.mask, args.probability]
     taken = [Path(args.image).resolve()]
@@ -167,18 +196,42 @@ def output_paths(args) -> list[tuple]:
     return rows
 
 
+@functools.cache
+def stdin_bytes() -> bytes:
+    """All of standard input, read once. UserError where nobody writes to it."""
+    if sys.stdin.isatty():
+        raise UserError("--image -: standard input is a terminal: pipe an image into this command")
+    return sys.stdin.buffer.read()
+
+
+def read_input(path) -> np.ndarray:
+    """What --image names, a file or standard input → uint8 (H, W, 3)."""
+    if path == STDIN:
+        return read_image_bytes(stdin_bytes(), "standard input")
+    return read_image(path)
+
+
 def reading_error(path) -> UserError | None:
     """The error that reading an image raises, or None."""
     try:
-        read_image(path)
+        read_input(path)
     except UserError as error:
         return error
 
 
-def predict_file(model, path, sentences, threshold, out, mask=None, probability=None):
+def predict_file(model, path, sentences, threshold, files):
     """Write one image's files and print what was found. Nothing is written before all is known."""
-    image = read_image(path)
+    image = read_input(path)
     maps = probabilities(model, image, sentences)
+    print(write_results(path, image, maps, sentences, threshold, files))
+
+
+def write_results(path, image, maps, sentences, threshold, files) -> str:
+    """Write the files that are wanted of one image; return a line per sentence, what was found.
+
+    maps: float32 (K, H, W); files: overlay, mask, probability map, each a path or None.
+    """
+    out, mask, probability = files
     masks = list(maps > threshold)
     drawn = overlay(image, masks, sentences)
 
@@ -189,25 +242,130 @@ def predict_file(model, path, sentences, threshold, out, mask=None, probability=
     if probability:
         for file, values in zip(mask_paths(probability, len(sentences)), maps, strict=True):
             write_png(file, (255 * values).round().astype(np.uint8))
+    lines = []
     for sentence, found, values in zip(sentences, masks, maps, strict=True):
         if found.any():
             text = f"{100 * found.mean():.1f} % of the image"
         else:
             highest = f"highest probability {values.max():.2f}, threshold {threshold}"
             text = f"nothing found ({highest}), the mask is empty"
-        print(f"{path}: {sentence!r}: {text}")
+        lines.append(f"{path}: {sentence!r}: {text}")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------- a folder
+def read_square(path, size) -> np.ndarray:
+    """In a worker: an image file as the model sees it, uint8 (3, S, S)."""
+    square, _ = letterbox(read_image(path), size)
+    return square.numpy()
+
+
+def finish_file(path, maps, sentences, threshold, files) -> str:
+    """In a worker: `write_results` of one image, from probabilities of the square (K, S, S)."""
+    image = read_image(path)
+    box = Letterbox(maps.shape[-1], image.shape[:2])
+    maps = at_image_size(torch.from_numpy(maps), box)
+    return write_results(path, image, maps, sentences, threshold, files)
+
+
+def predict_folder(model, jobs, sentences, threshold, pool):
+    """`predict_file` for many images: the model takes them in batches.
+
+    Meanwhile the pool reads the next batch, and draws and writes the results of the last one.
+    """
+    tokens = tokenize(sentences, model.max_tokens)  # (K, L)
+    count = max(1, BATCH_SIZE // len(sentences))
+    batches = [jobs[i : i + count] for i in range(0, len(jobs), count)]
+
+    def start_reading(batch):
+        return [pool.submit(read_square, path, model.size) for path, *_ in batch]
+
+    reading = start_reading(batches[0])
+    writing = []
+    for number, batch in enumerate(batches, start=1):
+        squares = np.stack([future.result() for future in reading])  # (B, 3, S, S)
+        if number < len(batches):
+            reading = start_reading(batches[number])
+        maps = predict_squares(model, torch.from_numpy(squares), tokens)
+        maps = maps.cpu().numpy()  # (B, K, S, S)
+        finished = writing
+        writing = []
+        for (path, *files), values in zip(batch, maps, strict=True):
+            future = pool.submit(finish_file, path, values, sentences, threshold, files)
+            writing.append(future)
+        print_results(finished)
+    print_results(writing)
+
+
+def print_results(futures):
+    for future in futures:
+        print(future.result())
+
+
+# ----------------------------------------------------------------------------------------- export
+def export(args):
+    """Write the checkpoint's model as a file that runs without this code."""
+    check_export(args.out)
+    model = load_checkpoint(args.checkpoint, args.weights, "cpu", args.words)
+    content = export_bytes(model, args.out)
+    write_file(args.out, content)
+    size = model.size
+    print(
+        f"{args.out}: {len(content) / 1e6:.1f} MB, images float32 (pairs, 3, {size}, {size}) and "
+        f"tokens int64 (pairs, {model.max_tokens}) → logits"
+    )
 
 
 # ------------------------------------------------------------------------------------- command line
-def arguments(argv=None):
-    parser = Parser(description="Segment what sentences refer to, in an image or a folder of them.")
+class PredictParser(Parser):
+    """The options of a prediction; those of an export where the first word is `export`."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        if list(args[:1]) == ["export"]:
+            return export_parser().parse_known_args(args[1:], namespace)
+        return super().parse_known_args(args, namespace)
+
+
+def add_model_options(parser):
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of train.py, or published")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="of the frozen CLIP, where it is not in the cache"
+    )
+    parser.add_argument(
+        "--words", type=integer(3, 77), metavar="N", help="tokens per sentence (the checkpoint's)"
+    )
+
+
+def export_parser():
+    parser = Parser(
+        prog="predict.py export", description="Write a model as a file that runs without this code."
+    )
+    add_model_options(parser)
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="model.pt2 (torch.export) or model.onnx"
+    )
+    parser.set_defaults(run=export)
+    return parser
+
+
+def predict_parser():
+    parser = PredictParser(
+        description="Segment what sentences refer to, in an image or a folder of them.",
+        epilog="predict.py export --help: write the model as a file that runs without this code.",
+    )
+    # Model
+    add_model_options(parser)
+    parser.add_argument(
+        "--threshold", type=float, default=THRESHOLD, help=f"of the probability ({THRESHOLD})"
+    )
     # Input
     parser.add_argument(
         "--image",
         required=True,
         metavar="FILE",
-        help="an image, or a folder of them; then --out, --mask and --probability are folders too",
+        help="an image; - for standard input; or a folder of images: then --out, --mask and "
+        "--probability are folders too",
     )
     parser.add_argument(
         "--text",
@@ -225,37 +383,46 @@ def arguments(argv=None):
         "--mask", metavar="FILE", help="the mask, 0 and 255; mask_1.png … for several sentences"
     )
     parser.add_argument("--probability", metavar="FILE", help="the probabilities, 0 to 255")
-    # Model
+    # Run
     parser.add_argument(
-        "--threshold", type=float, default=THRESHOLD, help=f"of the probability ({THRESHOLD})"
-    )
-    parser.add_argument(
-        "--weights", metavar="FILE", help="of the frozen CLIP, where it is not in the cache"
-    )
-    parser.add_argument(
-        "--words", type=integer(3, 77), metavar="N", help="tokens per sentence (the checkpoint's)"
+        "--workers",
+        type=integer(0, 60),
+        metavar="N",
+        help="processes that read and draw the images of a folder (at most one per core)",
     )
     parser.add_argument(
         "--device", choices=["cpu", "cuda", "mps"], help="where to run (the best available)"
     )
-    args = parser.parse_args(argv)
+    parser.set_defaults(run=predict)
+    return parser
 
+
+def check_arguments(args):
+    """UserError where a value makes no sense."""
     if any(is_blank(sentence) for sentence in args.text):
         raise UserError(f"--text {args.text}: no sentence may be empty")
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold}: choose a probability, 0 to 1")
-    return args
 
 
-@command
-def main(argv=None):
-    args = arguments(argv)
+def predict(args):
+    """Write the results of every image that --image names."""
+    check_arguments(args)
     jobs = output_paths(args)
-    errors = {}  # by image; known before anything is written
-    for path, *_ in jobs:
-        error = reading_error(path)
-        if error:
-            errors[path] = error
+    workers = args.workers
+    if workers is None:
+        workers = min(os.cpu_count() or 1, len(jobs) // IMAGES_PER_WORKER)
+    if len(jobs) == 1:
+        workers = 0
+    with worker_pool(workers) as pool:
+        predict_jobs(args, jobs, pool)
+
+
+def predict_jobs(args, jobs, pool):
+    """Read every image once before anything is written, then predict those that can be read."""
+    paths = [path for path, *_ in jobs]
+    found = pool.map(reading_error, paths)
+    errors = {path: error for path, error in zip(paths, found, strict=True) if error}
     if errors and (not args.keep_going or len(errors) == len(jobs)):
         raise next(iter(errors.values()))
 
@@ -263,13 +430,22 @@ def main(argv=None):
     truncated = count_truncated(args.text, model.max_tokens)
     if truncated:
         print(f"{truncated} of the sentences are longer than {model.max_tokens} tokens: cut")
-    for path, *files in jobs:
-        if path in errors:
-            warn(errors[path])
-        else:
-            predict_file(model, path, args.text, args.threshold, *files)
+    for error in errors.values():
+        warn(error)
+    good = [job for job in jobs if job[0] not in errors]
+    if len(jobs) == 1:
+        path, *files = good[0]
+        predict_file(model, path, args.text, args.threshold, files)
+    else:
+        predict_folder(model, good, args.text, args.threshold, pool)
     if errors:
-        print(f"{len(jobs) - len(errors)} of {len(jobs)} images, {len(errors)} skipped")
+        print(f"{len(good)} of {len(jobs)} images, {len(errors)} skipped")
+
+
+@command
+def main(argv=None):
+    args = predict_parser().parse_args(argv)
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import data
 from clip_model import CLIP_CONFIGS
 from etris import text_to_pixel_loss
 from evaluate import evaluate, grid_ceiling
-from fast import compile_if_possible, set_fast
+from fast import compile_if_possible, recompute_decoder, set_fast
 from methods.peft import METHODS
 from predict import draw_predictions
 from toy.scenes import FLAVOURS
@@ -36,7 +36,6 @@ from utils.plots import draw_curves
 
 METRICS = ("oIoU", "mIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9")
 DATASETS = "scenes[+|-g], refcoco[+], refcocog-umd|google, or a FOLDER; a comma mixes several"
-RESUME = "continue a run exactly; without a value from OUT/last.pt"
 
 
 # -------------------------------------------------------------------------------------- arguments
@@ -71,14 +70,11 @@ def arguments(argv=None) -> argparse.Namespace:
 
     run = parser.add_argument_group("Run")
     run.add_argument("--out", default="runs/latest", metavar="DIR", help="(runs/latest)")
-    run.add_argument("--resume", nargs="?", const=True, metavar="CHECKPOINT", help=RESUME)
-    run.add_argument(
-        "--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="(auto)"
-    )
-    run.add_argument(
-        "--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="(auto)"
-    )
+    run.add_argument("--resume", nargs="?", const=True, metavar="FILE", help="go on (OUT/last.pt)")
+    run.add_argument("--device", default="auto", choices=common.DEVICE_CHOICES, help="(auto)")
+    run.add_argument("--amp", default="auto", choices=common.AMP_CHOICES, help="format (auto)")
     run.add_argument("--compile", action="store_true", help="torch.compile the training step")
+    run.add_argument("--recompute", action="store_true", help="the decoder twice, for memory")
     run.add_argument("--seed", type=SEED, default=0, help="(0)")
     run.add_argument("--deterministic", action="store_true", help="the same run twice, bit for bit")
     return complete(parser.parse_args(argv))
@@ -261,13 +257,14 @@ def setup(args) -> tuple[torch.device, torch.dtype]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not exact
     if args.deterministic != torch.are_deterministic_algorithms_enabled():  # the call is slow
         torch.use_deterministic_algorithms(args.deterministic)
+    torch.backends.cudnn.benchmark = not args.deterministic
     device, device_reason = common.pick_device(args.device)
-    dtype, dtype_reason = common.pick_dtype(device, args.amp)
     distributed.start(device)
+    dtype, dtype_reason = common.pick_dtype(device, args.amp)
     if distributed.rank() > 0:
         sys.stdout = io.StringIO()  # only the first process speaks
     if args.workers is None:
-        args.workers = min(8, os.cpu_count()) if device.type == "cuda" else 0
+        args.workers = common.default_workers(device)
     print(f"device {device}: {device_reason}; numbers {str(dtype)[6:]}: {dtype_reason}")
     return device, dtype
 
@@ -365,7 +362,7 @@ def main(argv=None):
         common.seed_all(args.seed + 10**6 * distributed.rank() + state.global_step)
     if distributed.rank() == 0:
         checkpoint.open_run_folder(args, model, distributed.world_size())
-    wrapped = distributed.wrap(model)
+    wrapped = distributed.wrap(recompute_decoder(model) if args.recompute else model)
     train_model = compile_if_possible(wrapped, device) if args.compile else wrapped
     samples = data.TrainDataset(train_set, args.size, args.words, args.seed)
     bar = tqdm(total=total_steps, initial=state.global_step, miniters=10, file=sys.stdout)
@@ -418,8 +415,8 @@ def main(argv=None):
         raise
     finally:
         stop.restore_handlers()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        del wrapped, train_model
+        distributed.stop()
 
 
 if __name__ == "__main__":

@@ -559,7 +559,7 @@ def draw(rows, path):
     names = [row["row"].removeprefix("probe ") for row in probed]
     probe.set(xticks=places, xticklabels=names, ylim=(40, 115), ylabel="AUC, percent")
     probe.set_title("linear probe: is the object here?")
-    probe.legend(loc="upper left", ncols=2)
+    probe.legend(loc="upper left", fontsize=8)
     write_file(path, png(figure, dpi=120))
 
 

@@ -294,7 +294,8 @@ def test_a_model_that_finds_the_truth_confuses_no_digits():
     rows = []
     for item in items:
         for k in range(len(item["tokens"])):
-            rows.append(room.score(item, k, item["mask"]))
+            area = int(item["mask"].sum())
+            rows.append(room.score(item, k, item["mask"], area, area))
     confusion = group_scores(rows, "digits")
     assert confusion
     for asked, found in confusion.items():
@@ -412,7 +413,7 @@ def test_an_unwritable_file_leaves_nothing_behind(tmp_path):
 
 def test_the_table_prints_thousands_with_commas():
     counts = {"refs": 3811, "sentences": 10834, "images": 1500, "cut": 0}
-    what = {"dataset": "refcoco", "split": "val", "policy": "every sentence"}
+    what = {"dataset": "refcoco", "split": "val", "policy": "every sentence", "dtype": "float32"}
     how = {"threshold": 0.35, "size": 416}
     text = format_result({**summarize([1], [2]), **counts, **what, **how})
     assert "3,811 refs, 10,834 sentences, 1,500 images" in text

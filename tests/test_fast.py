@@ -26,6 +26,7 @@ from fast import (
     FoldedPair,
     compile_if_possible,
     conv3x3_after_upsample,
+    recompute_decoder,
     set_fast,
 )
 from methods.peft import apply_tuning, parse_tuning
@@ -319,16 +320,47 @@ def test_a_norm_that_moves_is_never_folded(monkeypatch):
     assert len(seen) == 2 and conv.weight.grad.abs().max() > 0
 
 
-def test_a_tensor_loaded_after_the_switch_counts():
-    """The folded weights are made from the frozen tensors each time: nothing goes stale."""
+@torch.no_grad()
+def test_a_tensor_written_after_the_switch_counts():
+    """The folded weights are made anew: after a write, a load, a way through half precision."""
     model = set_fast(model_of(SHALLOW)).eval()
     images, tokens, _ = inputs()
     images = images.double()
-    before = model(images, tokens)
-    model.clip.visual.bn1.bias.data += 1
-    after = model(images, tokens)
-    assert not torch.allclose(before, after)
-    assert torch.allclose(after, set_fast(model, False)(images, tokens), rtol=1e-10)
+    other = model_of(SHALLOW)
+    other.clip.visual.bn2.running_mean.add_(1)
+    outputs = [model(images, tokens)]
+
+    def check():
+        outputs.append(model(images, tokens))
+        assert not torch.allclose(outputs[-2], outputs[-1], rtol=1e-6)
+        assert torch.allclose(set_fast(model, False)(images, tokens), outputs[-1], rtol=1e-10)
+        set_fast(model)
+
+    model.clip.visual.bn1.bias += 1
+    check()
+    model.load_state_dict(other.state_dict())
+    check()
+    model.half().double()
+    check()
+    model.clip.visual.bn1.bias = nn.Parameter(torch.ones(4).double(), requires_grad=False)
+    check()
+
+
+def test_frozen_weights_are_folded_and_cast_once_a_run(monkeypatch):
+    """Not again by the next step, nor by a step after an evaluation in inference mode."""
+    model = set_fast(model_of(SHALLOW, torch.float32)).eval()
+    folds = calls(monkeypatch, FoldedPair, "fold")
+    images, tokens, _ = inputs()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        model(images, tokens)
+    pairs = len(folds)
+    assert pairs == 3 + 3 * 5 + 4  # the stem; three convolutions of a block; four shortcuts
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(images, tokens).float().sum().backward()
+    assert len(folds) == pairs
+    results(model, torch.float32)
+    assert len(folds) == 2 * pairs
 
 
 # ---- what is kept for the backward pass
@@ -442,6 +474,25 @@ def test_no_map_is_upsampled_and_no_1x1_convolution_runs_on_the_largest(monkeypa
     fast = set_fast(projector)(features, sentence)
     assert_same({"logits": plain}, {"logits": fast}, 1e-4)
     assert not seen
+
+
+def test_the_decoder_recomputed_gives_the_same_gradients_and_keeps_less():
+    """Bit for bit, with dropout: the second time it is drawn as the first."""
+    model = set_fast(model_of(SHALLOW, torch.float32))
+    for layer in model.global_alignment.layers:
+        layer.dropout.p = layer.self_attn.dropout = 0.5
+    images, tokens, _ = inputs()
+    gradients = []
+    sizes = []
+    for again in (False, True):
+        if again:
+            recompute_decoder(model)
+        model.eval().global_alignment.train()
+        torch.manual_seed(0)
+        gradients.append(results(model, torch.float32))
+        sizes.append(kept(lambda: model(images, tokens))[0])
+    assert_same(*gradients, 0)
+    assert sizes[1] < 0.8 * sizes[0]
 
 
 # ---- the step

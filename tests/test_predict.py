@@ -1,5 +1,12 @@
 """6. What `predict.py` promises: evaluation's numbers, images of every kind, clear messages."""
 
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +17,11 @@ from conftest import HEIGHT, WIDTH, record, rectangle, write_folder
 from data import open_dataset
 from evaluate import evaluate
 from predict import draw_predictions, probabilities, segment
-from utils.common import UserError
+from toy.scenes import draw_scene
+from utils.common import ROOT, UserError
 from utils.images import read_image
 from utils.plots import write_png
+from utils.pool import worker_pool
 
 BRIGHT = rectangle(0, 0, HEIGHT, WIDTH // 2)  # the left half
 
@@ -314,6 +323,195 @@ def test_what_is_wrong_is_said_in_one_line(run, tmp_path, capsys, argv, says):
     assert says in error
     assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# ------------------------------------------------------------------------------------------ folder
+def write_photos(folder, count):
+    """Scenes of several sizes, as the command line's folder."""
+    folder.mkdir()
+    for i in range(count):
+        scene = Image.fromarray(draw_scene("scenes", "test", i).image)
+        scene.resize((60 + 10 * (i % 3), 50)).save(folder / f"{i}.png")
+
+
+def results(folder):
+    return {path.relative_to(folder).as_posix(): read(path) for path in folder.rglob("*.png")}
+
+
+def test_a_folder_in_batches_gives_what_its_images_give_alone(tmp_path, capsys):
+    """Masks, overlays and what is said are the same; probabilities up to one of 255 levels.
+
+    Eighteen images, two sentences: two batches, of which the second is smaller.
+    """
+    write_photos(tmp_path / "in", 18)
+    command = [str(ROOT / "weights" / "etris-tiny.pt"), "--device", "cpu", "--text", "the circle"]
+    command += ["--text", "the red one"]
+    kinds = ("out", "mask", "probability")
+
+    said = []
+    for path in sorted((tmp_path / "in").iterdir()):
+        files = [x for kind in kinds for x in (f"--{kind}", f"{tmp_path}/alone/{kind}/{path.name}")]
+        room.main([*command, "--image", str(path), *files])
+        said += capsys.readouterr().out.splitlines()[1:]  # the first line is about the checkpoint
+    alone = results(tmp_path / "alone")
+    assert len(alone) == 18 * 5
+
+    for workers in ("0", "2"):
+        files = [x for kind in kinds for x in (f"--{kind}", f"{tmp_path}/{workers}/{kind}")]
+        room.main([*command, "--image", str(tmp_path / "in"), "--workers", workers, *files])
+        assert capsys.readouterr().out.splitlines()[1:] == said
+        together = results(tmp_path / workers)
+        assert together.keys() == alone.keys()
+        for name, pixels in together.items():
+            atol = 1 if name.startswith("probability") else 0
+            np.testing.assert_allclose(pixels.astype(int), alone[name], atol=atol, err_msg=name)
+
+
+def test_images_of_a_batch_do_not_touch_each_other(bright_model):
+    """Three images of one color each, two sentences: every pair has its own map, in order."""
+    shades = torch.tensor([0, 255, 0], dtype=torch.uint8).view(3, 1, 1, 1)
+    squares = shades.expand(3, 3, 32, 32)
+    tokens = room.tokenize(["bright", "dark"], bright_model.max_tokens)
+    maps = room.predict_squares(bright_model, squares, tokens)
+    assert maps.shape == (3, 2, 32, 32)
+    bright = maps[:, :, 16, 16] > 0.5
+    assert bright.tolist() == [[False, True], [True, False], [False, True]]
+
+
+def test_more_images_and_sentences_than_fit_at_once(bright_model):
+    squares = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    tokens = room.tokenize(["bright", "dark"] * 20, bright_model.max_tokens)
+    maps = room.predict_squares(bright_model, squares, tokens)
+    assert maps.shape == (3, 40, 32, 32)
+    assert torch.equal(maps[2, 38], maps[0, 0])
+    assert torch.equal(maps[2, 39], maps[0, 1])
+
+
+def test_bad_images_are_treated_the_same_by_workers(run, tmp_path, capsys):
+    """Refused before anything is written; with --keep-going skipped, named and counted."""
+    write_photos(tmp_path / "in", 4)
+    (tmp_path / "in" / "1.png").write_bytes(b"")
+    options = ["--image", "in", "--text", "bright", "--out", "drawn", "--workers", "2"]
+    with pytest.raises(SystemExit) as stopped:
+        run(*options)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("error: in/1.png: the file is empty")
+    assert not (tmp_path / "drawn").exists()
+
+    run(*options, "--keep-going")
+    said = capsys.readouterr()
+    assert said.err.startswith("skipped: in/1.png")
+    assert "3 of 4 images, 1 skipped" in said.out
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == [
+        "0.png",
+        "2.png",
+        "3.png",
+    ]
+
+
+def test_a_result_that_a_worker_cannot_write_is_one_line(run, tmp_path, capsys):
+    write_photos(tmp_path / "in", 4)
+    (tmp_path / "drawn" / "2.png").mkdir(parents=True)
+    options = ["--image", "in", "--text", "bright", "--out", "drawn", "--workers", "2"]
+    with pytest.raises(SystemExit) as stopped:
+        run(*options)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1
+    assert "drawn/2.png cannot be written" in error
+
+
+def end_itself():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    with pytest.raises(UserError, match="--workers"), worker_pool(1) as pool:
+        pool.submit(end_itself).result()
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc to see a process end")
+def test_workers_end_when_the_main_process_is_killed():
+    code = """
+import os, time
+from utils.pool import worker_pool
+with worker_pool(2) as pool:
+    print(*{future.result() for future in [pool.submit(os.getpid) for _ in range(9)]}, flush=True)
+    time.sleep(60)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    options = {"env": environment, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **options) as process:
+        workers = process.stdout.readline().split()
+        assert workers
+        process.kill()
+    for _ in range(600):
+        if not any(os.path.isdir(f"/proc/{worker}") for worker in workers):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"workers {workers} still run")
+
+
+# ----------------------------------------------------------------------------------- other sources
+class Stdin:
+    def __init__(self, content, terminal=False):
+        self.buffer = io.BytesIO(content)
+        self.isatty = lambda: terminal
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    def into(content, **options):
+        room.stdin_bytes.cache_clear()
+        monkeypatch.setattr(sys, "stdin", Stdin(content, **options))
+
+    yield into
+    room.stdin_bytes.cache_clear()
+
+
+def test_an_image_from_standard_input_gives_what_its_file_gives(run, tmp_path, pipe, capsys):
+    run("--image", "photo.png", "--text", "bright", "--mask", "file.png")
+    pipe((tmp_path / "photo.png").read_bytes())
+    run("--image", "-", "--text", "bright", "--mask", "piped.png", "--out", "o.png")
+    np.testing.assert_array_equal(read("piped.png"), read("file.png"))
+    assert "-: 'bright': 5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content, terminal, says",
+    [
+        (b"", False, "standard input: it is empty"),
+        (b"no image", False, "standard input: cannot identify"),
+        (b"", True, "standard input is a terminal"),
+    ],
+)
+def test_what_is_no_image_on_standard_input_is_one_line(
+    run, tmp_path, pipe, capsys, content, terminal, says
+):
+    pipe(content, terminal=terminal)
+    with pytest.raises(SystemExit) as stopped:
+        run("--image", "-", "--text", "bright")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1
+    assert says in error
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://host/x.png", "https://host/x.jpg", "s3://bucket/x.png", "file:///x.png", "HTTPS://x"],
+)
+def test_a_url_is_refused_and_says_why(run, bright_model, tmp_path, capsys, url):
+    with pytest.raises(SystemExit) as stopped:
+        run("--image", url, "--text", "bright")
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.count("\n") == 1
+    assert f"{url}: a URL, and nothing is downloaded here: download it first" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+    with pytest.raises(UserError, match="download it first"):
+        segment(bright_model, url, "bright")
 
 
 def test_a_real_photograph_keeps_its_size(refer_sample, bright_model):

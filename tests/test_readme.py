@@ -14,8 +14,9 @@ import prepare
 import train
 from checkpoint import build_model
 from docs import draw_etris
-from experiments import benchmark, reproduce
+from experiments import benchmark, gpu_check, probe, reproduce
 from toy import pretrain
+from utils import report as bug_report
 from utils.common import ROOT, Parser
 from utils.tokenizer import tokenize
 
@@ -42,7 +43,10 @@ COMMANDS = {
     "data.py": data.main,
     "experiments.reproduce": reproduce.main,
     "experiments.benchmark": benchmark.main,
+    "experiments.gpu_check": gpu_check.main,
+    "experiments.probe": probe.main,
     "toy.pretrain": pretrain.main,
+    "utils.report": bug_report.main,
 }
 NOT_OURS = {"venv", "FILE", "FOLDER.FILE"}  # python -m venv; placeholders
 GIVEN_UP = "## What was given up for readable code"

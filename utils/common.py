@@ -180,19 +180,30 @@ def write_file(path, content: bytes):
 
 
 # -------------------------------------------------------------------------------- device and dtype
+DEVICE_CHOICES = ("auto", "cpu", "cuda", "mps")
+AMP_CHOICES = ("auto", "bf16", "fp16", "off")
+
+
 def pick_device(name=None) -> tuple[torch.device, str]:
-    """The device asked for, or the best available one, and why. UserError if it is missing."""
+    """The device asked for, or the best available one, and why. UserError if it is missing.
+
+    On a GPU, float32 matrix products are TF32 from here on, as its convolutions are anyway.
+    """
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
     if torch.cuda.is_available():
         available.insert(0, "cuda")
+    reason = "as asked"
     if name in (None, "auto"):
-        return torch.device(available[0]), "the best available; --device chooses another"
+        name = available[0]
+        reason = "the best available; --device chooses another"
     if name not in available:
         choices = " or ".join(available)
         raise UserError(f"--device {name}: not available on this machine: choose {choices}")
-    return torch.device(name), "as asked"
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return torch.device(name), reason
 
 
 def pick_dtype(device: torch.device, amp: str) -> tuple[torch.dtype, str]:
@@ -201,6 +212,9 @@ def pick_dtype(device: torch.device, amp: str) -> tuple[torch.dtype, str]:
     auto: bf16 where the GPU has it, fp16 with a loss scaler on older GPUs, float32 elsewhere.
     """
     named = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+    if amp == "bf16" and device.type == "cpu" and not has_bf16_instructions():
+        slow = "a step takes about twenty times that of --amp off"
+        return torch.bfloat16, f"--amp bf16, but this processor has no instructions for it: {slow}"
     if amp != "auto":
         return named[amp], f"--amp {amp}"
     if device.type != "cuda":
@@ -209,6 +223,22 @@ def pick_dtype(device: torch.device, amp: str) -> tuple[torch.dtype, str]:
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "this GPU has bf16, which needs no loss scaler"
     return torch.float16, "this GPU has no bf16, so the loss is scaled"
+
+
+def has_bf16_instructions(cpu_info="/proc/cpuinfo") -> bool:
+    """Whether the processor multiplies in bf16 (avx512_bf16, amx_bf16, ARM's bf16).
+
+    True as well where the system does not say it: on Windows and macOS.
+    """
+    try:
+        return "bf16" in Path(cpu_info).read_text(encoding="utf-8")
+    except OSError:
+        return True
+
+
+def default_workers(device: torch.device) -> int:
+    """Loading processes where the command line names no number: a GPU should never wait."""
+    return min(8, os.cpu_count()) if device.type == "cuda" else 0
 
 
 # ------------------------------------------------------------------------------------- provenance

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco
 
-from utils.common import READ_ERRORS, as_user_error
+from utils.common import READ_ERRORS, UserError, as_user_error
 
 # A small file can unpack to gigabytes. Pillow's own limit is 89 megapixels; phones have 200.
 MAX_MEGAPIXELS = 250
@@ -29,6 +29,8 @@ IMAGE_ERRORS = (*READ_ERRORS, ArithmeticError, NotImplementedError)
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
 # Of a camera's raw file it would decode the preview.
 RAW_ENDINGS = {".arw", ".cr2", ".dng", ".nef", ".orf", ".pef", ".raf", ".rw2", ".srw"}
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")  # two letters at least: C:// is a Windows drive
 
 ORIENTATION = 0x0112  # EXIF's tag; its value 1: as stored
 TURNS = {  # orientation: what makes the stored image upright
@@ -159,12 +161,24 @@ def read_image(path, exif=True, convert=to_rgb) -> np.ndarray:
 
     exif: turn the image as its EXIF orientation says. UserError names a file that cannot be read.
     """
+    if URL.match(str(path)):
+        raise UserError(
+            f"{path}: a URL, and nothing is downloaded here: download it first, then give the file"
+        )
     with image_errors(path):
         if Path(path).stat().st_size == 0:
             raise ValueError("the file is empty")
         if Path(path).suffix.lower() in RAW_ENDINGS:
             raise ValueError("a camera's raw file")
         return decode_image(path, exif, convert)
+
+
+def read_image_bytes(data: bytes, name) -> np.ndarray:
+    """`read_image` of a file's content; `name` is what an error calls it."""
+    with image_errors(name):
+        if not data:
+            raise ValueError("it is empty")
+        return decode_image(io.BytesIO(data))
 
 
 def read_pil(image) -> np.ndarray:

@@ -95,7 +95,8 @@ def overlay(image, masks, sentences) -> bytes:
     )
     for text in legend.get_texts():
         text.set_parse_math(False)  # a $ in a sentence is a $
-    return png(figure, bbox_inches="tight")
+    # zlib's fastest: a fifth more bytes, half of the time
+    return png(figure, bbox_inches="tight", pil_kwargs={"compress_level": 1})
 
 
 def contact_sheet(samples, out):

@@ -17,12 +17,44 @@ from utils.images import (
     file_inside,
     is_image_name,
     read_image,
+    read_image_bytes,
     read_pil,
     read_shape,
     to_mask,
 )
 
 OBJECT = rectangle(10, 20, 30, 35)
+
+
+# ----------------------------------------------------------------------------------------- sources
+@pytest.mark.parametrize("url", ["http://host/x.png", "https://host/x", "s3://b/x.png", "Gs://b/x"])
+def test_a_url_is_refused_before_it_is_looked_for(url):
+    with pytest.raises(UserError, match="nothing is downloaded here: download it first"):
+        read_image(url)
+
+
+@pytest.mark.parametrize("path", ["C://x.png", "http/x.png", "a:b.png", "1://x.png"])
+def test_a_path_that_resembles_a_url_is_a_path(path):
+    with pytest.raises(UserError, match="No such file|cannot find|incorrect"):
+        read_image(path)
+
+
+def test_a_files_content_gives_what_the_file_gives(tmp_path):
+    """Turned upright as well."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    found = read_image_bytes((tmp_path / "x.png").read_bytes(), "standard input")
+    assert found.shape == (6, 4, 3)
+    np.testing.assert_array_equal(found, read_image(tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n"])
+def test_content_that_is_no_image_is_one_line_with_its_name(content):
+    with pytest.raises(UserError, match="^standard input: ") as caught:
+        read_image_bytes(content, "standard input")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 # ------------------------------------------------------------------------------------------ images
