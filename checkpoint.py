@@ -11,7 +11,7 @@ import random
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
@@ -344,14 +344,28 @@ def check_same_run(path, theirs: dict, args):
     for name in names:
         before = theirs.get(name)
         now = getattr(args, name)
-        if name == "dataset" and Path(now).is_dir():  # ./mine is mine, on another machine too
-            before = Path(before).resolve().name
-            now = Path(now).resolve().name
-        if before != now:
+        same = same_dataset(before, now) if name == "dataset" else before == now
+        if not same:
             option = name.replace("_", "-")
             raise UserError(
                 f"{path}: was trained with --{option} {before}, not {now}: give the same --{option}"
             )
+
+
+def same_dataset(before, now) -> bool:
+    """Whether two values of --dataset name the same data: ./mine is mine, on another machine too.
+
+    Two different folders of this machine are not the same, whatever their names.
+    """
+    if Path(before).is_dir() and Path(now).is_dir():
+        return Path(before).samefile(now)
+    return folder_names(before) == folder_names(now)
+
+
+def folder_names(dataset) -> list[str]:
+    """--dataset's names, or the last parts of its folders, in Windows' spelling or ours."""
+    parts = [dataset] if Path(dataset).is_dir() else dataset.split(",")
+    return [PureWindowsPath(Path(part.strip()).resolve()).name for part in parts]
 
 
 # -------------------------------------------------------------------------------------- run folder

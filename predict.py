@@ -13,6 +13,7 @@ K sentences · L tokens
 import functools
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -158,8 +159,15 @@ def images_in(folder) -> dict[str, Path]:
         print(f"{folder}: {others}")
     if folders:
         print(f"{folder}: folders inside are not looked into: {shorten(folders)}")
-    stems = [path.stem for path in paths]
-    return {path.stem if stems.count(path.stem) == 1 else path.name: path for path in paths}
+    # upper and lower case are one name on some disks
+    stems = Counter(path.stem.casefold() for path in paths)
+    names = {path.name.casefold() for path in paths}
+    found = {}
+    for path in paths:
+        stem = path.stem.casefold()
+        is_free = stems[stem] == 1 and stem not in names
+        found[path.stem if is_free else path.name] = path
+    return found
 
 
 def shorten(names, count=5) -> str:

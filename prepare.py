@@ -32,7 +32,7 @@ from utils.annotations import write_dataset
 from utils.coco import BOX_ONLY, read_coco
 from utils.common import SEED, Parser, UserError, as_user_error, command, integer, write_file
 from utils.download import NETWORK_ERRORS, download, request, retry, sha256, size_of
-from utils.labelme import read_labelme
+from utils.labelme import files_further_inside, read_labelme
 
 ANNOTATIONS_URL = (
     "https://web.archive.org/web/{day}/https://bvisionweb1.cs.unc.edu/licheng/referit/data"
@@ -308,6 +308,10 @@ def from_labelme(args):
     annotated = [image for image in images if image.objects]
     empty = len(images) - len(annotated)
     notes = [f"{empty:,} images without objects: left out"] if empty else []
+    inside = files_further_inside(args.annotations)
+    if inside:
+        files = f"{len(inside):,} JSON files in folders inside ({inside[0]} first)"
+        notes.append(f"{files}: not read")
     convert(args, annotated, notes)
 
 

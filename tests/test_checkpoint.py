@@ -12,6 +12,7 @@ from checkpoint import (
     load_checkpoint,
     read_checkpoint,
     restore_trainable,
+    same_dataset,
     save_checkpoint,
 )
 from config import DEFAULT_BACKBONES, PRESETS
@@ -158,3 +159,17 @@ def test_the_state_of_a_run_counts_steps_and_epochs():
     state.next_epoch()
     assert (state.epoch, state.global_step) == (1, 2)
     assert (state.batch_in_epoch, state.running_loss) == (0, 0.0)
+
+
+def test_a_run_may_be_moved_and_its_data_too(tmp_path, monkeypatch):
+    """--dataset is compared by folders' names: spelled otherwise, elsewhere, in a mix."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("plain", "other", "x/plain"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert same_dataset("scenes", "scenes") and not same_dataset("scenes", "scenes+")
+    assert same_dataset("plain", "./plain") and same_dataset("plain", str(tmp_path / "plain"))
+    assert same_dataset("/gone/plain", "plain") and same_dataset("C:\\data\\plain", "plain")
+    assert same_dataset("plain,other", "./plain, ./other")
+    assert not same_dataset("plain,other", "other,plain")  # the order decides the batches
+    assert not same_dataset("plain", "other")
+    assert not same_dataset("plain", "x/plain")  # both are here, and they differ

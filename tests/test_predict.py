@@ -241,6 +241,18 @@ def test_a_folder_of_images_gives_a_folder_of_results(run, tmp_path):
         assert names == ["a.jpg.png", "a.png.png", "b.png"]
 
 
+def test_no_result_of_a_folder_replaces_another(tmp_path):
+    """a.jpg, a.png and a.jpg.png gave two results; upper and lower case are one name on a Mac."""
+    names = ["a.jpg", "a.png", "a.jpg.png", "B.JPG", "b.png", "c.png"]
+    for name in names:
+        (tmp_path / name).touch()
+    found = room.images_in(tmp_path)
+    assert {name: path.name for name, path in found.items()} == {
+        **{name: name for name in names[:5]},
+        "c": "c.png",
+    }
+
+
 def test_what_a_phone_and_a_mac_leave_in_a_folder_is_said_and_counted(run, tmp_path, capsys):
     """HEIC and DNG beside JPEG went unsaid; ._IMG_1.JPG, .pdf and .mpg ended the command."""
     folder = tmp_path / "in"

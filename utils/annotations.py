@@ -37,7 +37,7 @@ from utils.images import (
 from utils.tokenizer import is_blank
 
 UPLOADED = re.compile(r"[0-9a-f]{8}-(.+)")  # Label Studio's prefix
-VERSIONED = re.compile(r"(.+)[_-](\w+)\.rf\.\w+\.\w+")  # Roboflow: photo_jpg.rf.<hash>.jpg
+VERSIONED = re.compile(r"(.+)[_-](\w+)\.rf\.[\w-]+\.\w+")  # Roboflow: photo_jpg.rf.<hash>.jpg
 SENTENCE_KEYS = ("sentences", "caption", "description")
 SPLIT_NAMES = {"valid": "val", "validation": "val"}
 CORRECT = "correct it, or remove it from the file"
@@ -164,6 +164,13 @@ def split_of(row) -> str | None:
     return SPLIT_NAMES.get(split, split)
 
 
+def set_split(image, split):
+    """Note the split of an image. ValueError where another one is noted already."""
+    if split and image.split not in (None, split):
+        raise ValueError(f"its image is in split {image.split}, so it cannot be in {split}")
+    image.split = image.split or split
+
+
 def is_number(value) -> bool:
     """Whether it is a finite number, and not True or False."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -222,8 +229,9 @@ def fold(name) -> str:
 
 def base_name(text) -> str:
     """The file's name in a path or an address, such as /data/local-files/?d=folder/x.jpg."""
-    base = text.rpartition("/")[2].removeprefix("?d=")
-    return base.partition("?")[0] or base
+    address, _, query = text.partition("?")
+    path = query.removeprefix("d=") if query.startswith("d=") else address
+    return path.rpartition("/")[2]
 
 
 def original_name(name) -> str:

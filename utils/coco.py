@@ -26,6 +26,7 @@ from utils.annotations import (
     read_json,
     rows_of,
     sentences_of,
+    set_split,
     size_of,
     split_of,
 )
@@ -88,7 +89,11 @@ def read_tables(path) -> tuple[list, dict, dict]:
         if len(by_id) < len(images):
             raise ValueError("two images have the same id")
         categories = rows_of(content, "categories") if "categories" in content else []
-        names = {row["id"]: row["name"] for row in categories}
+        names = {}
+        for row in categories:
+            if names.setdefault(row["id"], row["name"]) != row["name"]:
+                both = f"{names[row['id']]} and {row['name']}"
+                raise ValueError(f"categories {both} have the same id")
         wanted = dict.fromkeys(row["image_id"] for row in rows)
         unknown = [repr(number) for number in wanted if number not in by_id]
         if unknown:
@@ -127,13 +132,6 @@ def parse_image(row, file, upright) -> AnnotatedImage:
     """A row of images and its file → AnnotatedImage."""
     stated = size_of(row, "height", "width")
     return annotated_image(row["file_name"], file, stated, upright, split=None)
-
-
-def set_split(image, split):
-    """Note the split of an image. ValueError where another one is noted already."""
-    if split and image.split not in (None, split):
-        raise ValueError(f"its image is in split {image.split}, so it cannot be in {split}")
-    image.split = image.split or split
 
 
 # ------------------------------------------------------------------------------------------ objects

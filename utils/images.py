@@ -14,7 +14,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco
 
 from utils.common import READ_ERRORS, UserError, as_user_error
@@ -62,8 +62,8 @@ def to_rgb(image) -> np.ndarray:
 def to_8_bits(values) -> np.ndarray:
     """Gray of 16 bits, 32 bits or floats → uint8, by the range that its values use.
 
-    Ranges are 0..1 (floats), 0..255 and 0..65535. ValueError where none fits, or where 32 bits or
-    floats use so little of it that it may be another.
+    Ranges are 0..1 (floats), 0..255 and 0..65535. ValueError where none fits, or where the values
+    use so little of it that it may be another: cameras and scanners have 10 and 12 bits.
     """
     low = values.min()
     high = values.max()
@@ -75,7 +75,8 @@ def to_8_bits(values) -> np.ndarray:
         gray = values.round()
     else:
         gray = values // 257
-    if values.dtype.itemsize > 2 and high > 0 and gray.max() < 16:
+    is_deep = values.dtype.itemsize > 2 or high > 255
+    if is_deep and high > 0 and gray.max() < 16:
         raise ValueError(f"gray values up to {high}, of a range that is unclear: save it as 8 bits")
     return gray.astype(np.uint8)
 
@@ -223,17 +224,21 @@ def open_image(file, use):
     try:
         with Image.open(file) as image:
             return use(image)
-    except IMAGE_ERRORS:
+    except IMAGE_ERRORS as error:
         data = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
         bare = without_metadata(data)
         with contextlib.suppress(*IMAGE_ERRORS), Image.open(io.BytesIO(bare)) as image:
             return use(image)
+        if isinstance(error, UnidentifiedImageError):  # its text names an object in memory
+            raise ValueError("cannot identify an image in it") from error
         raise
 
 
 # ---------------------------------------------------------------------------------------- metadata
 def oriented(image, exif=True):
     """Load the pixels of a PIL image and turn it upright; with `exif` False, leave it as stored."""
+    is_deep = has_deep_channels(image)  # asked first: finding the orientation may load a PNG
+    check_white(image)
     orientation = find_orientation(image)
     if hasattr(image, "tag_v2"):  # a TIFF, which Pillow turns while it loads it
         with hidden_metadata(image, orientation):
@@ -242,7 +247,30 @@ def oriented(image, exif=True):
     else:
         image.load()
         needed = orientation if exif else 1
+    if is_deep:
+        check_deep_channels(image)
     return image.transpose(TURNS[needed]) if needed in TURNS else image
+
+
+def has_deep_channels(image) -> bool:
+    """Whether several channels have 16 bits in the file. Pillow loads the upper 8 of each."""
+    return len(image.getbands()) > 1 and ";16" in str(getattr(image, "tile", ""))
+
+
+def check_deep_channels(image):
+    """ValueError where the upper 8 bits say nothing, since the values were of 8 to 12 bits."""
+    ranges = dict(zip(image.getbands(), image.getextrema(), strict=True))
+    opacity = ranges.pop("A", (255, 255))
+    brightest = max(high for low, high in ranges.values())
+    if max(opacity) < 16 or (min(opacity) == 255 and brightest < 16):
+        raise ValueError("channels of 16 bits that use only the lower ones: save it as 8 bits")
+
+
+def check_white(image):
+    """ValueError for a TIFF whose white is 0 where Pillow would not turn the values around."""
+    white_is_zero = hasattr(image, "tag_v2") and image.tag_v2.get(262) == 0
+    if white_is_zero and image.mode.startswith(("I", "F")):
+        raise ValueError("a TIFF of deep gray whose white is 0: save it with black as 0")
 
 
 def stored_shape(image) -> tuple[int, int, int]:

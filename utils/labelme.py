@@ -26,6 +26,7 @@ from utils.annotations import (
     read_json,
     rows_of,
     sentences_of,
+    set_split,
     size_of,
     split_of,
 )
@@ -52,7 +53,23 @@ def read_labelme(folder) -> list[AnnotatedImage]:
     if not paths:
         raise UserError(f"{folder} holds no JSON file: give the folder of LabelMe's JSON files")
     finder = ImageFinder(folder)
-    return [read_labelme_file(path, finder) for path in paths]
+    images = {}
+    for path in paths:
+        image = read_labelme_file(path, finder)
+        file = image.file.resolve() if isinstance(image.file, Path) else image.file
+        first = images.setdefault(file, image)
+        if first is not image:  # an image is in one split, in however many files its objects are
+            with as_user_error(path, CORRECT):
+                set_split(first, image.split)
+            first.objects += image.objects
+    return list(images.values())
+
+
+def files_further_inside(folder) -> list[Path]:
+    """JSON files in the folders inside, which are not read."""
+    folder = Path(folder)
+    paths = [path for path in folder.glob("*/**/*") if path.suffix.lower() == ".json"]
+    return [path for path in paths if not path.name.startswith(".")]
 
 
 def read_labelme_file(path, finder) -> AnnotatedImage:
@@ -68,7 +85,8 @@ def read_labelme_file(path, finder) -> AnnotatedImage:
         with as_user_error(f"{path} shape {number}", CORRECT):
             check_shape(shape)
             group = shape.get("group_id")
-            key = ("shape", number) if group is None else ("group", group)
+            is_alone = group in (None, "") or group != group  # NaN is what a table lacks
+            key = ("shape", number) if is_alone else ("group", group)
             groups[shape["label"], key].append(shape)
     for (label, _), members in groups.items():
         name = f"{path} {label!r}"
@@ -168,6 +186,7 @@ def paste_mask(canvas, shape):
     (left, top), (right, bottom) = corners.round().astype(int).tolist()
     size = (bottom - top + 1, right - left + 1)
     is_whole = (corners == corners.round()).all()
-    if size != mask.shape and is_whole:  # a mask that was moved keeps its size
+    difference = max(abs(size[0] - mask.shape[0]), abs(size[1] - mask.shape[1]))
+    if difference > (0 if is_whole else 1):  # a mask that was moved keeps its size
         raise ValueError(f"its mask has height and width {mask.shape}, its points say {size}")
     canvas.paste(Image.fromarray(uint8_mask(mask)), (left, top))

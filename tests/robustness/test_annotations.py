@@ -267,10 +267,13 @@ NAMES = {  # what the annotations say: what is on the disk below photos/
     "/data/local-files/?d=x.png": "x.png",
     "http://localhost:8080/data/x.png?token=abc": "x.png",
     "http://localhost:8080/data/my%20photo.png": "my photo.png",
+    "https://host/data/x.png?key=a/b": "x.png",
+    "https://host/data/my%20photo.png?signature=a%2Fb": "my photo.png",
     "my+photo.png": "my photo.png",
     "x_jpg.rf.5f2b1c9e0a7d4e3f8b6a1c2d3e4f5a6b.jpg": "x.jpg",
     "x_png.rf.5f2b.jpg": "train/x_png.rf.5f2b.jpg",
     "y.jpg": "y_jpg.rf.5f2b.jpg",
+    "z_jpg.rf.Ab-9_z.jpg": "z.jpg",
 }
 
 
@@ -552,6 +555,11 @@ BAD_FILES = {  # name: content, what the line says
     "no annotations": (b'{"images": []}', "no 'annotations'"),
     "a table that is none": (b'{"images": 5, "annotations": []}', "'images' is no list"),
     "deep": (b"[" * 100_000, "instances.json"),
+    "two categories of one id": (
+        b'{"images": [], "annotations": [], "categories": '
+        b'[{"id": 1, "name": "cup"}, {"id": 1, "name": "dog"}]}',
+        "categories cup and dog have the same id",
+    ),
 }
 
 
@@ -722,6 +730,34 @@ def test_shapes_of_one_group_and_label_are_one_object(tmp_path):
     np.testing.assert_array_equal(records[0]["sample"].mask, halves)
 
 
+@pytest.mark.parametrize("group", [None, "", float("nan")])
+def test_shapes_without_a_group_stay_alone(tmp_path, group):
+    labelme_file(tmp_path, [shape(STAR, group_id=group), shape(SLANTED, group_id=group)])
+    assert len(from_labelme(tmp_path)) == 2
+
+
+def test_an_image_with_two_files_is_one_image_in_one_split(tmp_path, capsys):
+    """A copy in train and one in val would be a leak."""
+    for name in "ab":
+        labelme_file(tmp_path, [shape(STAR, label=name)], name=name, imagePath="a.jpg")
+    records = from_labelme(tmp_path)
+    assert [record["sentences"] for record in records] == [["a"], ["b"]]
+    assert len({record["image"] for record in records}) == 1
+    (tmp_path / "mine").rename(tmp_path / "before")
+    for name, split in {"a": "train", "b": "val"}.items():
+        labelme_file(tmp_path, [shape(STAR)], name=name, imagePath="a.jpg", split=split)
+    assert "b.json: its image is in split train" in refusal(from_labelme, tmp_path, capsys)
+
+
+def test_files_in_folders_inside_are_not_read_and_said(tmp_path, capsys):
+    path = labelme_file(tmp_path, [shape(STAR)])
+    (tmp_path / "notes" / "more").mkdir()
+    (tmp_path / "notes" / "more" / "b.JSON").write_bytes(path.read_bytes())
+    assert len(from_labelme(tmp_path)) == 1
+    out = capsys.readouterr().out
+    assert "1 JSON files in folders inside" in out and "b.JSON first): not read" in out
+
+
 def test_descriptions_are_the_sentences_of_a_group_each_once(tmp_path):
     first = shape(STAR, group_id=1, description="the red cup")
     labelme_file(tmp_path, [first, first | {"description": ""}, first, shape(STAR, description="")])
@@ -751,6 +787,10 @@ BAD_SHAPES = {  # name: shape, what the line says
     "a mask of another size": (
         shape([[30, 20], [51, 30]], "mask", mask=png_text(BLOB)),
         "its points say (11, 22)",
+    ),
+    "a mask of another size between pixels": (
+        shape([[30.5, 20.5], [60.5, 30.5]], "mask", mask=png_text(BLOB)),
+        "its points say",
     ),
     "a mask that is none": (
         shape([[30, 20], [50, 30]], "mask", mask="bm8gUE5H"),

@@ -157,6 +157,73 @@ def test_deep_gray_of_an_unclear_range_is_refused(tmp_path, values):
         read_pil(image)
 
 
+@pytest.mark.parametrize("bits", [10, 12])
+def test_a_cameras_10_or_12_bits_in_16_are_refused(tmp_path, bits):
+    """They were read as almost black."""
+    image = Image.fromarray(np.uint16([[0, 2**bits - 1]]))
+    image.save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=rf"x\.png.*gray values up to {2**bits - 1}"):
+        read_image(tmp_path / "x.png")
+
+
+def deep_png(values):
+    """uint16 (H, W, C) → the bytes of a PNG of 16 bits, which Pillow does not write."""
+    height, width, channels = values.shape
+    kind = {2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = png_chunk(b"IHDR", struct.pack(">LLBBBBB", width, height, 16, kind, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + png_chunk(b"IEND", b"")
+
+
+DEEP = {  # name: channels; 1 stands for what varies, -1 for 65535
+    "RGB": (1, 1, 1),
+    "gray, opaque": (1, -1),
+    "white, seen in places": (-1, 1),
+    "RGBA": (1, 1, 1, -1),
+    "RGBA, seen in places": (-1, -1, -1, 1),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_channels_of_16_bits_are_read_or_refused(tmp_path, name):
+    """Pillow loads the upper 8 bits: masks of 1 and 255 were empty, photographs were black."""
+    path = tmp_path / "x.png"
+    for highest in (1, 255, 4095, 65535):
+        levels = [
+            OBJECT * np.uint16(highest if c == 1 else 0) + 65535 * (c < 0) for c in DEEP[name]
+        ]
+        path.write_bytes(deep_png(np.dstack(levels).astype(np.uint16)))
+        if highest == 65535:
+            np.testing.assert_array_equal(read_image(path, convert=to_mask), OBJECT)
+            assert read_image(path)[10, 20].tolist() == [255, 255, 255]
+            continue
+        for convert in ({}, {"convert": to_mask}):
+            with pytest.raises(UserError, match=r"x\.png: channels of 16 bits"):
+                read_image(path, **convert)
+
+
+def test_a_deep_tiff_whose_white_is_0_is_refused(tmp_path):
+    """Pillow turns 8 bits around, and no others: masks were inverted."""
+    path = tmp_path / "x.tif"
+    Image.fromarray(np.uint8(OBJECT) * 255).save(path, tiffinfo={262: 0})
+    np.testing.assert_array_equal(read_image(path, convert=to_mask), OBJECT)
+    for values in (np.uint16(~OBJECT) * 65535, np.float32(~OBJECT)):
+        buffer = io.BytesIO()
+        Image.fromarray(values).save(buffer, "TIFF")
+        black_is_zero = struct.pack("<HHLL", 262, 3, 1, 1)
+        assert buffer.getvalue().count(black_is_zero) == 1
+        white_is_zero = struct.pack("<HHLL", 262, 3, 1, 0)
+        path.write_bytes(buffer.getvalue().replace(black_is_zero, white_is_zero))
+        with pytest.raises(UserError, match=r"x\.tif: a TIFF of deep gray whose white is 0"):
+            read_image(path, convert=to_mask)
+
+
+def test_an_error_names_no_object_in_memory():
+    with pytest.raises(UserError, match="it: cannot identify an image in it: check"):
+        read_image_bytes(b"no image", "it")
+
+
 @pytest.mark.parametrize("ending", ["jpg", "JPEG", "png", "webp", "tif", "bmp", "gif", "mpo"])
 def test_what_can_be_decoded_is_an_image(tmp_path, ending):
     assert is_image_name(tmp_path / f"x.{ending}")
