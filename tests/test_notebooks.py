@@ -79,6 +79,44 @@ def test_the_right_answer_is_right_and_two_typical_wrong_ones_are_wrong_with_the
         assert why in capsys.readouterr().out
 
 
+def says(text, value):
+    """Whether a text has this value as a word or number of its own, as Python would print it."""
+    word = re.escape(lesson.short(value).strip("'"))
+    return re.search(rf"(?<![\w.]){word}(?![\w]|\.\d)", text) is not None
+
+
+@pytest.mark.parametrize("name", lesson.EXERCISES)
+def test_wrong_answers_get_a_reason_then_a_hint_and_never_the_expected_value(name, capsys):
+    exercise = lesson.EXERCISES[name]
+    lesson.wrong_answers.clear()
+    said = []
+    for answer, _ in (*exercise.wrong[:2], exercise.wrong[0]):
+        assert lesson.check(name, answer) is False
+        said.append(capsys.readouterr().out)
+    assert "hint" not in said[0]
+    for text in said[1:]:
+        assert exercise.hint in text
+        assert f'lesson.solution("{name}")' in text
+    expected = lesson.solution(name)
+    assert lesson.difference(expected, lesson.run(exercise.right, exercise)) is None
+    for text in said:
+        without_names = text.replace(name, "")
+        assert not says(without_names, expected), text
+        if not exercise.on:
+            assert not says(without_names, exercise.right), text
+
+
+def test_the_expected_value_would_be_noticed():
+    assert says("it is 9, not 8", 9)
+    assert says("that is (4, 17, 676) ", (4, 17, 676))
+    assert not says("19 or 0.9 or 9.5", 9)
+
+
+def test_a_solution_of_no_exercise_names_the_exercises(capsys):
+    assert lesson.solution("no such exercise") is None
+    assert "01 tokens" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", lesson.EXERCISES)
 def test_an_open_exercise_is_not_yet(name, capsys):
     assert lesson.check(name, ...) is False
@@ -160,6 +198,43 @@ def test_every_exercise_has_a_solution_and_stands_in_one_notebook():
     solved = re.findall(r'check\("([^"]+)"', "\n".join(SOLUTIONS))
     in_notebooks = [name for path in NOTEBOOKS for name in asked(path)]
     assert sorted(in_notebooks) == sorted(lesson.EXERCISES) == sorted(solved)
+
+
+# ------------------------------------------------------------------- predictions, openings, endings
+def is_folded(cell):
+    """Whether JupyterLab opens a notebook with this cell's output folded."""
+    metadata = cell["metadata"]
+    hidden = metadata.get("jupyter", {}).get("outputs_hidden", False)
+    assert metadata.get("collapsed", False) == hidden  # the older name of the same
+    return hidden
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_outputs_below_a_prediction_are_folded_and_no_others(path):
+    below_a_prediction = False
+    folded = 0
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "markdown":
+            below_a_prediction = "**Predict" in "".join(cell["source"])
+            continue
+        expected = below_a_prediction and "check(" not in source(cell)
+        assert is_folded(cell) is expected, source(cell)
+        folded += expected
+    assert folded >= 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_opens_with_minutes_stars_and_needs_and_ends_with_what_one_knows(path):
+    markdown = cells(path, "markdown")
+    opening = "".join(markdown[0]["source"])
+    assert "**Question.**" in opening
+    assert re.search(r"^\*.* minutes.* · ★{1,3} · needs: .*\*$", opening, re.MULTILINE)
+    ending = "".join(markdown[-1]["source"])
+    known, questions = ending.split("## You now know")[1].split("## Five questions")
+    assert len(re.findall(r"^- ", known, re.MULTILINE)) == 3
+    answers = re.findall(r"<details><summary>\d\. .*</summary>\n\n(.+)\n</details>", questions)
+    assert len(answers) == 5
+    assert "`" not in "".join(re.findall("<summary>.*</summary>", questions))  # HTML, no Markdown
 
 
 # --------------------------------------------------------------------------------------- notebooks
