@@ -247,18 +247,19 @@ def maps(
     show(figure)
 
 
-def pca_colors(features):
+def pca_colors(features, count=None):
     """Feature maps (C, H, W) of one C → images (H, W, 3): their three main directions as colors.
 
     The same color means the same direction in every image of one call, and nothing between calls.
+    count: the first so many maps fix directions and range (all of them unless given).
     """
     flat = [feature.flatten(1).mT for feature in features]  # (H·W, C) each
-    together = torch.cat(flat)
+    together = torch.cat(flat[:count])
     mean = together.mean(0)
     _, _, directions = torch.linalg.svd(together - mean, full_matrices=False)
     shown = [(x - mean) @ directions[:3].mT for x in flat]  # (H·W, 3) each
-    low = torch.cat(shown).quantile(0.01, dim=0)
-    high = torch.cat(shown).quantile(0.99, dim=0)
+    low = torch.cat(shown[:count]).quantile(0.01, dim=0)
+    high = torch.cat(shown[:count]).quantile(0.99, dim=0)
     colors = []
     for x, feature in zip(shown, features, strict=True):
         x = ((x - low) / (high - low)).clamp(0, 1)
@@ -328,7 +329,7 @@ def look(model, image, sentence, strength) -> dict:
 
 def with_and_without(probes, image, without, seen, stage, strength):
     """A figure: features and probe map of a stage, and the mask; above without, below with."""
-    colors = pca_colors([without[stage], seen[stage]])
+    colors = pca_colors([without[stage], seen[stage]], count=1)  # the upper row keeps its colors
     figure = plt.Figure(figsize=(7.2, 5.2), dpi=120)
     # fixed places: a layout that is computed takes most of the time of a picture
     places = {"left": 0.04, "right": 0.99, "bottom": 0.12, "top": 0.94, "wspace": 0.04}
@@ -366,14 +367,16 @@ class Player:
         first = next(iter(choices))
         wide = {"style": {"description_width": "150px"}, "layout": {"width": "600px"}}
         self.scene = widgets.Dropdown(options=list(choices), description="image", **wide)
-        self.file = widgets.FileUpload(accept="image/*", description="a file of your own")
+        self.file = widgets.FileUpload(
+            accept="image/*", description="a file of your own", layout={"width": "180px"}
+        )
         self.sentence = widgets.Text(choices[first][1], description="sentence", **wide)
         self.strength = widgets.FloatSlider(
             1.0, min=0, max=1, step=0.05, description="strength of the Bridger", **wide
         )
         self.stage = widgets.SelectionSlider(options=STAGES, description="stage", **wide)
         self.message = widgets.Label()
-        self.picture = widgets.Image(format="png", layout={"width": "860px"})
+        self.picture = widgets.Image(format="png", layout={"width": "760px"})
         self.box = widgets.VBox(
             [
                 widgets.HBox([self.scene, self.file]),
@@ -421,7 +424,7 @@ class Player:
         seen = look(self.model, image, sentence, strength)
         figure = with_and_without(self.probes, image, without, seen, stage, strength)
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
+        figure.savefig(buffer, dpi=100, pil_kwargs={"compress_level": 1})  # quick
         self.picture.value = buffer.getvalue()
         marked = [f"{np.mean(one['mask'] > THRESHOLD):.1%}" for one in (without, seen)]
         self.message.value = f"marked: {marked[0]} without the Bridger, {marked[1]} with it"
