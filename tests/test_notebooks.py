@@ -237,6 +237,13 @@ def test_a_notebook_opens_with_minutes_stars_and_needs_and_ends_with_what_one_kn
     assert "`" not in "".join(re.findall("<summary>.*</summary>", questions))  # HTML, no Markdown
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_every_exercise_is_marked_with_stars(path):
+    text = prose(path)
+    assert len(re.findall(r"\*\*Exercise \d \(★{1,3}\)\.\*\*", text)) == len(asked(path))
+    assert len(re.findall(r"\*\*Exercise", text)) == len(asked(path))
+
+
 # --------------------------------------------------------------------------------------- notebooks
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_a_notebook_teaches_question_prediction_seeing_three_exercises_and_asserts(path):
