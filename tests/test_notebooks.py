@@ -16,7 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint import load_checkpoint
+from data import letterbox, normalize, open_dataset
+from toy.scenes import draw_scene
 from utils.common import ROOT
+from utils.tokenizer import tokenize
 
 pytest.importorskip("IPython", reason="the notebooks need jupyter")
 FOLDER = ROOT / "notebooks"
@@ -198,6 +202,76 @@ def test_every_exercise_has_a_solution_and_stands_in_one_notebook():
     solved = re.findall(r'check\("([^"]+)"', "\n".join(SOLUTIONS))
     in_notebooks = [name for path in NOTEBOOKS for name in asked(path)]
     assert sorted(in_notebooks) == sorted(lesson.EXERCISES) == sorted(solved)
+
+
+# -------------------------------------------------------------------------- something to play with
+@pytest.fixture(scope="module")
+def player():
+    pytest.importorskip("ipywidgets", reason="it comes with jupyter")
+    model = load_checkpoint(ROOT / "weights" / "etris-tiny.pt")
+    probes = lesson.fit_probes(model, open_dataset("scenes", "train", limit=4, side=160))
+    scenes = {number: draw_scene("scenes", "test", number) for number in (17, 22)}
+    choices = {f"{number}": (one.image, one.sentences[0]) for number, one in scenes.items()}
+    return lesson.Player(model, probes, choices)
+
+
+def test_the_players_picture_follows_image_sentence_strength_and_stage(player):
+    seen = {bytes(player.picture.value)}
+    player.scene.value = "22"
+    assert player.sentence.value == player.choices["22"][1]
+    seen.add(bytes(player.picture.value))
+    player.sentence.value = "the ring"
+    seen.add(bytes(player.picture.value))
+    player.strength.value = 0.5
+    seen.add(bytes(player.picture.value))
+    player.stage.value = "decoder"
+    seen.add(bytes(player.picture.value))
+    assert len(seen) == 5
+    assert all(picture.startswith(b"\x89PNG") for picture in seen)
+
+
+def test_a_player_without_a_sentence_asks_for_one_and_keeps_its_picture(player):
+    before = bytes(player.picture.value)
+    player.sentence.value = "  "
+    assert player.message.value == "Type a sentence."
+    assert bytes(player.picture.value) == before
+
+
+def test_a_file_of_ones_own_becomes_a_choice_and_a_broken_one_is_named(player):
+    class File:
+        def __init__(self, name, content):
+            self.name = name
+            self.content = content
+
+    class Upload:
+        value = [File("mine.jpg", (FOLDER / "pictures" / "cat.jpg").read_bytes())]
+
+    player.sentence.value = "the cat"
+    player.file = Upload()
+    player.upload(None)
+    assert player.scene.value == "mine.jpg"
+    assert player.sentence.value == "the cat"
+    Upload.value = [File("broken.png", b"no image")]
+    player.upload(None)
+    assert player.message.value.startswith("broken.png cannot be read")
+
+
+def test_at_strength_0_a_look_is_plain_clip_and_at_1_it_is_the_model(player):
+    model = player.model
+    image, sentence = player.choices["17"]
+    square, _ = letterbox(image, model.size)
+    tokens = tokenize([sentence], model.max_tokens)
+    plain = lesson.look(model, image, sentence, 0)
+    trained = lesson.look(model, image, sentence, 1)
+    with torch.inference_mode():
+        v = model.clip.visual.stem(normalize(square[None]))
+        for i, stage in enumerate(model.clip.visual.stages):
+            v = stage(v)
+            assert torch.equal(v, plain[f"visual{i}.after"])
+    seen = model.activations(normalize(square[None]), tokens)
+    for name in ("visual2.after", "text2.after", "features"):
+        assert torch.allclose(seen[name], trained[name], atol=1e-5)
+        assert not torch.allclose(seen[name], plain[name], atol=1e-3)
 
 
 # ------------------------------------------------------------------- predictions, openings, endings
