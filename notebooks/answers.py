@@ -1,8 +1,8 @@
 """What `lesson.check` compares with. Try first; worked solutions are in solutions.md.
 
-One dict per notebook. An exercise has the right answer and typical wrong ones, each with the reason
-it is wrong. Where a function is to be written, `right` is one, and `on` lists the arguments both
-are tried with.
+One dict per notebook. An exercise has the right answer, typical wrong ones, each with the reason it
+is wrong, and a hint. Where a function is to be written, `right` is one, and `on` lists the
+arguments both are tried with. Neither reasons nor hints say the answer.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,43 @@ class Exercise:
 
     right: object
     wrong: list
+    hint: str
     on: tuple = ()
 
 
 def randn(*shape, seed=0):
     """Random numbers that are the same everywhere, to try a function on."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------- 00 start
+START = {
+    "00 IoU": Exercise(
+        right=100 / 3,
+        wrong=[
+            (50, "divide by the pixels in either mask, not by those of one mask"),
+            (25, "the pixels in both masks are counted once in the union"),
+            (1 / 3, "in percent"),
+        ],
+        hint="pixels in both masks, over pixels in at least one of them, in percent",
+    ),
+    "00 strength 0": Exercise(
+        right=1,
+        wrong=[
+            (4, "at strength 0 no sentence reaches the image encoder"),
+            (0, "the image encoder runs; what it gives is plain CLIP's"),
+        ],
+        hint="which part of the model could make the map depend on the sentence, and is it on?",
+    ),
+    "00 who reads": Exercise(
+        right="decoder",
+        wrong=[
+            ("bridger", "at strength 0 it adds nothing, and the mask still follows the sentence"),
+            ("image encoder", "at strength 0 it is plain CLIP, which has not read the sentence"),
+        ],
+        hint="the mask is made after both encoders; what comes after them?",
+    ),
+}
 
 
 # ----------------------------------------------------------------------------------------- 01 CLIP
@@ -47,6 +78,7 @@ CLIP = {
             (7, "the start and the end mark count too"),
             (17, "17 is the length of the row; what follows the end mark is padding"),
         ],
+        hint="every frequent word is one token; then add the two marks",
     ),
     "01 RN101 stage 1": Exercise(
         right=(1024, 26, 26),
@@ -57,6 +89,7 @@ CLIP = {
                 "that is the tiny CLIP at 128 pixels; RN101 is four times as wide, 416 / 16 = 26",
             ),
         ],
+        hint="1.2: stage 1 has how many times the width, and its side is divided by what?",
     ),
     "01 causal": Exercise(
         right={2, 3, 4, 5, 6, 7},
@@ -67,6 +100,7 @@ CLIP = {
                 "the start mark and “the” stand before the change: they never see it",
             ),
         ],
+        hint="a word sees itself and the words before it, so ask which positions see “red”",
     ),
     "01 cosine map": Exercise(
         right=cosine_map,
@@ -74,6 +108,7 @@ CLIP = {
             (dot_product_map, "divide by both lengths"),
             (half_normalized_map, "the sentence has a length too: divide by it"),
         ],
+        hint="`F.normalize` makes vectors of length 1; then multiply and sum over the channels",
         on=(
             (randn(8, 3, 3), randn(8, seed=1)),
             (randn(4, 2, 5), 7 * randn(4, seed=2)),
@@ -85,6 +120,7 @@ CLIP = {
             (13, "13 each way: that many rows, and as many columns"),
             (170, "the mean token is left out: only pixel positions are compared"),
         ],
+        hint="divide the side by the stride, then count the squares of that grid",
     ),
 }
 
@@ -125,6 +161,7 @@ BRIDGER = {
             (131_072, "a kernel of 2 × 2 has four cells: times 4"),
             (524_352, "there is no bias"),
         ],
+        hint="one number for each input channel, output channel and cell of the kernel",
     ),
     "02 zoom in": Exercise(
         right=zoom_in,
@@ -132,6 +169,7 @@ BRIDGER = {
             (zoom_in_by_one, "patches must not overlap: go in steps of 2"),
             (zoom_in_shifted, "the first patch starts at row 0, column 0"),
         ],
+        hint="2.1 does it patch by patch; a convolution with stride 2 does it at once",
         on=(
             (randn(3, 4, 4), randn(5, 3, 2, 2, seed=1)),
             (randn(2, 4, 6), randn(3, 2, 2, 2, seed=2)),
@@ -143,6 +181,7 @@ BRIDGER = {
             (one_head_unscaled, "divide the scores by √d, or the softmax gets too sharp"),
             (one_head_over_queries, "each query's weights add up to 1: softmax over the keys"),
         ],
+        hint="compare queries with keys, divide by √d, softmax over the keys, mix the values",
         on=(
             (randn(4, 8), randn(5, 8, seed=1), randn(5, 8, seed=2)),
             (randn(5, 2), randn(3, 2, seed=3), randn(3, 2, seed=4)),
@@ -154,6 +193,7 @@ BRIDGER = {
             ((4, 676, 17), "that is the other one, in which pixel positions attend to words"),
             ((4, 17, 26), "26 × 26 pixel positions are attended to"),
         ],
+        hint="the words ask, so they are the queries; the positions answer",
     ),
     "02 not causal": Exercise(
         right=set(range(8)),
@@ -161,6 +201,7 @@ BRIDGER = {
             ({6, 7}, "so it is without the Bridger; its attention among words is not causal"),
             ({6}, "attention mixes words: the change travels"),
         ],
+        hint="2.3: after bridge 0, what did the start mark know?",
     ),
 }
 
@@ -210,6 +251,7 @@ DECODER = {
             (393_216, "queries and keys have biases too"),
             (197_376, "both what makes queries and what makes keys: twice that"),
         ],
+        hint="per gate: the rows of weight and bias that make queries, and those that make keys",
     ),
     "03 gate": Exercise(
         right=gate_factors,
@@ -217,6 +259,7 @@ DECODER = {
             (gate_without_bias, "the value has a bias"),
             (gate_in_wrong_order, "value first, then output"),
         ],
+        hint="two linear layers, one after the other, each with its bias",
         on=(gate_arguments(3), gate_arguments(6)),
     ),
     "03 kernel count": Exercise(
@@ -225,6 +268,7 @@ DECODER = {
             (2304, "the last number written is the bias"),
             (4609, "512 is the decoder's width, the projector halves it"),
         ],
+        hint="kernel cells times channels, and one more for what is added at the end",
     ),
     "03 loss": Exercise(
         right=image_loss,
@@ -232,6 +276,7 @@ DECODER = {
             (summed_loss, "equation 10 is the mean"),
             (loss_of_the_object, "the pixel positions beside the object count too"),
         ],
+        hint="both cases of equation 11 in one line, then the mean over all positions",
         on=(
             (randn(3, 3), (randn(3, 3, seed=1) > 0).float()),
             (3 * randn(2, 5), (randn(2, 5, seed=2) > 1).float()),
@@ -243,6 +288,7 @@ DECODER = {
             (0, "that is the authors' target, the top-left pixel"),
             (1, "not the majority: the mean of the 16 pixels"),
         ],
+        hint="which share of the 4 × 4 pixels is object?",
     ),
 }
 
@@ -286,6 +332,7 @@ FIGURE_3 = {
             ((4, 4), "without the Bridger no sentence reaches the image encoder"),
             ((1, 1), "with the Bridger every sentence changes the map"),
         ],
+        hint="what can reach the image encoder in each of the two models?",
     ),
     "04 edge": Exercise(
         right=jump_across,
@@ -293,6 +340,7 @@ FIGURE_3 = {
             (jump_anywhere, "only the pairs that cross the edge"),
             (city_block_jump, "Euclidean: the root of the sum of squares over channels"),
         ],
+        hint="`feature.diff(dim=2)` goes to the right neighbor; its length is a norm over channels",
         on=(
             (randn(4, 3, 5), randn(3, 5, seed=1) > 0),
             (randn(2, 6, 6), randn(6, 6, seed=2) > 1),
@@ -307,6 +355,7 @@ FIGURE_3 = {
             ),
             (gain_and_deviation, "the error of a mean of n is smaller by √n"),
         ],
+        hint="subtract sentence by sentence first, then mean and standard deviation / √n",
         on=(
             (np.array([60.0, 10, 90, 40]), np.array([55.0, 0, 88, 41])),
             (np.array([5.0, 7, 30]), np.array([9.0, 0, 10])),
@@ -318,6 +367,7 @@ FIGURE_3 = {
             (1, "the bridge stands after the last stage; only the head follows"),
             (3, "a bridge changes what comes after it"),
         ],
+        hint="list the three stages in order, and mark where the bridge stands",
     ),
 }
 
@@ -353,6 +403,7 @@ TRAINED = {
                 "that is the Bridger against the image encoder alone, nearly the headline",
             ),
         ],
+        hint="learning / of all, in percent; both numbers stand in the last row",
     ),
     "05 BatchNorm": Exercise(
         right={"running_mean", "running_var", "num_batches_tracked"},
@@ -363,6 +414,7 @@ TRAINED = {
             ),
             ({"running_mean", "running_var"}, "the counter moves too: a SHA-256 sees it"),
         ],
+        hint="parameters need an optimizer, buffers do not; which of the five are buffers?",
     ),
     "05 is frozen": Exercise(
         right=is_frozen,
@@ -373,6 +425,7 @@ TRAINED = {
             ),
             (is_nearly_frozen, "bit for bit: nearly is not frozen"),
         ],
+        hint="compare the names first, then every tensor with `torch.equal`",
         on=((BN, dict(BN)), (BN, BN_MOVED), (BN, BN_NEARLY)),
     ),
     "05 LoRA": Exercise(
@@ -381,6 +434,7 @@ TRAINED = {
             (262_144, "that is the whole weight; A and B alone learn"),
             (2048, "A and B: two of them"),
         ],
+        hint="only the two thin matrices learn: count the numbers in each",
     ),
 }
 
@@ -405,6 +459,7 @@ TRAINING = {
             (0.5, "½ is the probability; its loss is −log ½"),
             (1.0, "that is log₂; the code takes natural logarithms"),
         ],
+        hint="σ(0) = ½ at every pixel; what does equation 11 charge for it?",
     ),
     "06 blind loss": Exercise(
         right=blind_loss,
@@ -415,6 +470,7 @@ TRAINING = {
             ),
             (blind_loss_in_bits, "natural logarithms, as in the code"),
         ],
+        hint="a share p of the pixels pays −log p; what does the rest pay?",
         on=((0.06,), (0.5,), (0.2,)),
     ),
     "06 two metrics": Exercise(
@@ -423,6 +479,7 @@ TRAINING = {
             ([50.0, 910 / 11], "the other way round: mIoU is the mean of 90 and 10"),
             ([0.8273, 0.5], "in percent"),
         ],
+        hint="oIoU: add all I and all U, then divide; mIoU: divide each, then take the mean",
     ),
     "06 standard error": Exercise(
         right=28 / 3811**0.5,
@@ -433,6 +490,7 @@ TRAINING = {
                 "that is how far one object lies from the mean, not the mean from another mean",
             ),
         ],
+        hint="standard deviation / √n",
     ),
     "06 seeds": Exercise(
         right=6,
@@ -440,6 +498,7 @@ TRAINING = {
             (3, "both sides have a spread: 2/n, not 1/n"),
             (2, "one standard error is not enough: twice that"),
         ],
+        hint="twice the standard error has to be smaller than 0.59: solve for n, round up",
     ),
 }
 
@@ -492,6 +551,7 @@ FAILURES = {
             (0.25, "the mean of 1/3, 1/4 and 1/5, not 1 over the mean of 3, 4 and 5"),
             (0.1, "it picks among the digits in the image, not among all ten"),
         ],
+        hint="a random pick among k digits is right once in k; then the mean over the scenes",
     ),
     "07 swap": Exercise(
         right=swap,
@@ -499,6 +559,7 @@ FAILURES = {
             (swap_one_after_the_other, "the second replacement undoes the first"),
             (swap_whole_words, "leftmost and rightmost too"),
         ],
+        hint="the second replacement must not see what the first has written: use a placeholder",
         on=(
             ("left ring",),
             ("the rightmost star",),
@@ -512,6 +573,7 @@ FAILURES = {
             ([0.0, 0.0], "0 / 0 counts as 1 here: nothing was to be found, and nothing was"),
             ([100.0, 0.0], "the other way round"),
         ],
+        hint="what is the union in each case, and what does 0 / 0 count as?",
     ),
     "07 worst": Exercise(
         right=worst,
@@ -519,6 +581,7 @@ FAILURES = {
             (best, "those are the best"),
             (worst_in_any_order, "where two are equal, the larger U first"),
         ],
+        hint='sort by a pair: `(row["IoU"], -row["U"])`',
         on=((ROWS, 2), (ROWS, 3)),
     ),
 }
@@ -588,6 +651,7 @@ BEYOND = {
             (416, "the longer side fills the square, the shorter one does not"),
             (427, "the image is made smaller by 416 / 640"),
         ],
+        hint="the longer side becomes 416; the other side shrinks by the same factor; round",
     ),
     "08 mean IoU": Exercise(
         right=mean_iou,
@@ -598,6 +662,7 @@ BEYOND = {
                 "divide by the union: pixels wrongly given to a class count, too",
             ),
         ],
+        hint="for each class: pixels that are it in both maps, over pixels that are it in either",
         on=((PREDICTED, TRUTH, (0, 1, 2)), (PREDICTED, TRUTH, (1, 2))),
     ),
     "08 box": Exercise(
@@ -606,6 +671,7 @@ BEYOND = {
             (inclusive_box, "right and bottom are the first column and row after the mask"),
             (rows_first_box, "columns first: left, top, right, bottom"),
         ],
+        hint="`np.nonzero(mask)` gives rows and columns; the end is one after the last",
         on=((MASK,), (MASK.T,)),
     ),
     "08 classify": Exercise(
@@ -614,6 +680,7 @@ BEYOND = {
             (largest_mean, "count the pixels over the threshold"),
             (surest_pixel, "the surest pixel is not the largest mask"),
         ],
+        hint="count `maps > threshold` for each map, then take the largest",
         on=((MAPS, NAMES, 0.35), (MAPS, NAMES, 0.3)),
     ),
 }
@@ -658,6 +725,7 @@ OTHERS = {
             (planar_by_channel, "w · y is a dot product: one number for all channels"),
             (planar_without_shortcut, "y itself is added: with u = 0 nothing happens"),
         ],
+        hint="`w @ y` is one number for all channels",
         on=(planar_arguments(3), planar_arguments(6)),
     ),
     "09 tokens": Exercise(
@@ -666,6 +734,7 @@ OTHERS = {
             (677, "the prompts are tokens too, one for each of the 17 words, padding included"),
             (693, "the class token comes first"),
         ],
+        hint="416 / 16 patches each way, the class token, and one prompt for each word",
     ),
     "09 rank": Exercise(
         right=1,
@@ -673,6 +742,7 @@ OTHERS = {
             (48, "that is the width; look what each token's prior is a multiple of"),
             (89, "as many tokens, and all of them have the direction of p or the opposite one"),
         ],
+        hint="every token's row is a multiple of the same vector",
     ),
     "09 field": Exercise(
         right=7,
@@ -680,6 +750,7 @@ OTHERS = {
             (5, "branch 3 reads branch 2 as well, which has read its neighbors"),
             (9, "2 positions to each side by its own kernel, 1 more by branch 2's: 1 + 2 · 3"),
         ],
+        hint="its own kernel, and on top of it what branch 2 has already read",
     ),
     "09 branch inputs": Exercise(
         right=(128, 192, 224),
@@ -687,6 +758,7 @@ OTHERS = {
             ((128, 64, 96), "z is an input every time"),
             ((128, 192, 160), "branch 3 reads z and both branches before it"),
         ],
+        hint="each branch reads z and the outputs of all branches before it",
     ),
     "09 ridge": Exercise(
         right=ridge,
@@ -694,6 +766,7 @@ OTHERS = {
             (least_squares, "that is plain least squares: where is the strength?"),
             (averaged_ridge, "the squares are summed, not averaged"),
         ],
+        hint="set the gradient to zero: (xᵀx + strength · 1) W = xᵀy",
         on=(
             (randn(9, 3), randn(9, 2, seed=1), 2.0),
             (randn(6, 4, seed=2), randn(6, 4, seed=3), 10.0),
@@ -702,6 +775,7 @@ OTHERS = {
 }
 
 EXERCISES = {
+    **START,
     **CLIP,
     **BRIDGER,
     **DECODER,

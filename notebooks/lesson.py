@@ -1,13 +1,15 @@
-"""Plots and `check` for the notebooks. Whatever computes a result stands one folder up.
+"""Plots, `check` and something to play with. Whatever computes a result stands one folder up.
 
     import sys
     sys.path.insert(0, "..")
     import lesson
 
     lesson.maps([before, after], ["without", "with"], label="cosine")      maps on one color scale
-    lesson.check("02 attention shape", ...)            "not yet", or your answer beside the expected
+    lesson.check("02 attention shape", ...)            "not yet", "right", or why it is wrong
+    lesson.solution("02 attention shape")              the expected value
+    lesson.play(model, probes, choices)                a sentence box and two sliders
 
-H W height and width of an image or a map
+C channels · H W height and width of an image or a map
 """
 
 import io
@@ -20,35 +22,69 @@ from IPython.display import Image, display
 from PIL import Image as PIL
 
 from answers import EXERCISES
+from data import letterbox
+from evaluate import THRESHOLD
+from experiments.probe import Ridge, all_features, place_labels, set_strength, tapped
+from predict import as_image, at_image_size, predict_squares
+from utils.common import UserError
+from utils.tokenizer import is_blank, tokenize
 
 # Okabe and Ito's colors, which color-blind readers tell apart
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
-plt.rcParams["figure.dpi"] = 80
+plt.rcParams["figure.dpi"] = 120
 plt.rcParams["font.size"] = 9
 plt.rcParams["image.interpolation"] = "nearest"
 plt.rcParams["axes.prop_cycle"] = plt.cycler(color=COLORS)
 
+wrong_answers = {}  # exercise's name: how many wrong answers so far
+
 
 # --------------------------------------------------------------------------------------- exercises
 def check(name, answer) -> bool:
-    """Print "not yet" for `...`, else your answer beside the expected one; True if they agree.
+    """Print "not yet" for `...`, "right", or why the answer is wrong; True if it is right.
 
-    Never raises: a learner's half-finished function can fail in any way.
+    From the second wrong answer on a hint follows. The expected value is never printed: `solution`
+    gives it. Never raises: a learner's half-finished function can fail in any way.
     """
     try:
         exercise = EXERCISES[name]
         yours = run(answer, exercise)
-        expected = run(exercise.right, exercise)
         if is_unfinished(yours):
             print(f"{name}: not yet")
             return False
-        return report(name, yours, expected, exercise)
+        wrong = difference(yours, run(exercise.right, exercise))
+        if wrong is None:
+            print(f"{name}: right")
+            return True
+        shown = short(yours)
+        print(f"{name}: not right: {typical_reason(yours, exercise) or wrong}")
+        print(f"  yours  {shown}")
     except Exception as error:
         known = ""
         if name not in EXERCISES:
             known = f" (the exercises are {', '.join(EXERCISES)})"
         print(f"{name}: not right: {type(error).__name__}: {error}{known}")
-        return False
+    give_hint(name)
+    return False
+
+
+def give_hint(name):
+    """Count a wrong answer; from the second one on print the exercise's hint."""
+    if name not in EXERCISES:
+        return
+    wrong_answers[name] = wrong_answers.get(name, 0) + 1
+    if wrong_answers[name] >= 2:
+        print(f"  hint   {EXERCISES[name].hint}")
+        print(f'  lesson.solution("{name}") shows the expected value')
+
+
+def solution(name):
+    """The expected value; of a function to be written, its results for the arguments tried."""
+    if name not in EXERCISES:
+        print(f"{name}: the exercises are {', '.join(EXERCISES)}")
+        return None
+    exercise = EXERCISES[name]
+    return run(exercise.right, exercise)
 
 
 def run(answer, exercise):
@@ -65,19 +101,6 @@ def is_unfinished(answer) -> bool:
     if isinstance(answer, list | tuple):
         return any(is_unfinished(part) for part in answer)
     return answer is ...
-
-
-def report(name, yours, expected, exercise) -> bool:
-    """Print both answers; of a typical wrong answer also why it is wrong. True if they agree."""
-    wrong = difference(yours, expected)
-    if wrong is None:
-        verdict = "right"
-    else:
-        verdict = f"not right: {typical_reason(yours, exercise) or wrong}"
-    print(f"{name}: {verdict}")
-    print(f"  yours     {short(yours)}")
-    print(f"  expected  {short(expected)}")
-    return wrong is None
 
 
 def typical_reason(yours, exercise) -> str | None:
@@ -118,7 +141,7 @@ def as_array(x) -> np.ndarray:
 def numeric_difference(yours, expected) -> str | None:
     """Two arrays of numbers: None, or how they differ."""
     if yours.shape != expected.shape:
-        return f"of shape {yours.shape}, expected is {expected.shape}"
+        return f"of shape {yours.shape}, another shape is expected"
     if yours.size == 0:
         return None
     largest = float(np.abs(yours - expected).max())
@@ -126,10 +149,9 @@ def numeric_difference(yours, expected) -> str | None:
     tolerance = 1e-4 if is_whole else 1e-3 * float(np.abs(expected).max())
     if largest <= tolerance:
         return None
-    reason = f"differs by up to {largest:.4g}"
     if yours.ndim == 0:
-        reason += ", too large" if yours > expected else ", too small"
-    return reason
+        return "too large" if yours > expected else "too small"
+    return "the shape is right, the numbers are not"
 
 
 def short(x) -> str:
@@ -225,18 +247,19 @@ def maps(
     show(figure)
 
 
-def pca_colors(features):
+def pca_colors(features, count=None):
     """Feature maps (C, H, W) of one C → images (H, W, 3): their three main directions as colors.
 
     The same color means the same direction in every image of one call, and nothing between calls.
+    count: the first so many maps fix directions and range (all of them unless given).
     """
     flat = [feature.flatten(1).mT for feature in features]  # (H·W, C) each
-    together = torch.cat(flat)
+    together = torch.cat(flat[:count])
     mean = together.mean(0)
     _, _, directions = torch.linalg.svd(together - mean, full_matrices=False)
     shown = [(x - mean) @ directions[:3].mT for x in flat]  # (H·W, 3) each
-    low = torch.cat(shown).quantile(0.01, dim=0)
-    high = torch.cat(shown).quantile(0.99, dim=0)
+    low = torch.cat(shown[:count]).quantile(0.01, dim=0)
+    high = torch.cat(shown[:count]).quantile(0.99, dim=0)
     colors = []
     for x, feature in zip(shown, features, strict=True):
         x = ((x - low) / (high - low)).clamp(0, 1)
@@ -249,3 +272,168 @@ def spotlight(image, mask):
     image = np.asarray(image) / 255
     pale = 0.25 + 0.25 * image
     return np.where(np.asarray(mask)[..., None], image, pale)
+
+
+# -------------------------------------------------------------------------- something to play with
+STAGES = ("stage 0", "stage 1", "stage 2", "decoder")
+NO_WIDGETS = "A sentence box, two sliders and a picture: run this cell in JupyterLab to get them."
+
+
+def fit_probes(model, dataset) -> dict[str, Ridge]:
+    """For each of STAGES a linear map from one place's feature to "is the named object here?".
+
+    Fitted on the dataset's first sentences, with the Bridger and without, both in one fit.
+    """
+    probes = {name: Ridge() for name in STAGES}
+    with torch.inference_mode(), tapped(model) as taps:
+        items = all_features(model, taps, dataset, len(dataset), torch.device("cpu"), False)
+        for item, found in items:
+            for (name, _), features in found.items():
+                probes[name].add(features.flatten(1).T, place_labels(item, features))
+    for probe in probes.values():
+        probe.fit()
+    return probes
+
+
+def probe_map(probe, features) -> np.ndarray:
+    """features (C, H, W) → the probe's answer at every place (H, W), near 1 where it says yes."""
+    offset = (probe.target_total - probe.total @ probe.weight) / probe.count
+    scores = probe.score(features.flatten(1).T) + offset
+    return scores.view(features.shape[1:]).numpy()
+
+
+@torch.inference_mode()
+def look(model, image, sentence, strength) -> dict:
+    """What the model makes of image (H, W, 3) and sentence at a strength of the Bridger.
+
+    strength scales Δv and Δt of every bridge: 0 is plain CLIP, 1 is the model as trained.
+    stage 0 … decoder: features (C, h, w); mask: the probability of every pixel (H, W); and all
+    that the model records, by its names (visual0.after, words, sentence …).
+    """
+    square, box = letterbox(image, model.size)
+    tokens = tokenize([sentence], model.max_tokens)
+    with tapped(model) as taps:
+        set_strength(taps, strength, strength)
+        model.recorded = {}
+        try:
+            maps = predict_squares(model, square[None], tokens)[0]
+            seen = model.recorded
+        finally:
+            model.recorded = None
+    for i in range(3):
+        seen[f"stage {i}"] = seen[f"visual{i}.after"][0]
+    seen["decoder"] = seen["features"][0]
+    seen["mask"] = at_image_size(maps, box)[0]
+    return seen
+
+
+def with_and_without(probes, image, without, seen, stage, strength):
+    """A figure: features and probe map of a stage, and the mask; above without, below with."""
+    colors = pca_colors([without[stage], seen[stage]], count=1)  # the upper row keeps its colors
+    figure = plt.Figure(figsize=(7.2, 5.2), dpi=120)
+    # fixed places: a layout that is computed takes most of the time of a picture
+    places = {"left": 0.04, "right": 0.99, "bottom": 0.12, "top": 0.94, "wspace": 0.04}
+    rows = figure.subplots(2, 3, gridspec_kw={**places, "hspace": 0.04})
+    names = ("without the Bridger", f"with, strength {strength:.2f}")
+    for axes, name, one, color in zip(rows, names, (without, seen), colors, strict=True):
+        axes[0].imshow(color)
+        axes[0].set_ylabel(name)
+        drawn = axes[1].imshow(probe_map(probes[stage], one[stage]), vmin=0, vmax=0.8)
+        mask = one["mask"] > THRESHOLD
+        axes[2].imshow(spotlight(image, mask))
+        outline(axes[2], mask)
+        for axis in axes:
+            axis.set(xticks=[], yticks=[])
+    rows[0, 0].set_title(f"{stage}: features")
+    rows[0, 1].set_title(f"{stage}: probe, is it here?")
+    rows[0, 2].set_title("mask")
+    bar = figure.add_axes((0.38, 0.085, 0.28, 0.02))
+    figure.colorbar(drawn, bar, orientation="horizontal", label="0 no … 1 yes")
+    return figure
+
+
+class Player:
+    """A sentence box, a choice of images, two sliders, and the picture that they ask for.
+
+    choices: {name: (image (H, W, 3), a first sentence)}.
+    """
+
+    def __init__(self, model, probes, choices):
+        import ipywidgets as widgets  # only this cell of the course needs it
+
+        self.model = model
+        self.probes = probes
+        self.choices = dict(choices)
+        first = next(iter(choices))
+        wide = {"style": {"description_width": "150px"}, "layout": {"width": "600px"}}
+        self.scene = widgets.Dropdown(options=list(choices), description="image", **wide)
+        self.file = widgets.FileUpload(
+            accept="image/*", description="a file of your own", layout={"width": "180px"}
+        )
+        self.sentence = widgets.Text(choices[first][1], description="sentence", **wide)
+        self.strength = widgets.FloatSlider(
+            1.0, min=0, max=1, step=0.05, description="strength of the Bridger", **wide
+        )
+        self.stage = widgets.SelectionSlider(options=STAGES, description="stage", **wide)
+        self.message = widgets.Label()
+        self.picture = widgets.Image(format="png", layout={"width": "760px"})
+        self.box = widgets.VBox(
+            [
+                widgets.HBox([self.scene, self.file]),
+                self.sentence,
+                self.strength,
+                self.stage,
+                self.message,
+                self.picture,
+            ]
+        )
+        self.scene.observe(self.choose, "value")
+        self.file.observe(self.upload, "value")
+        for control in (self.sentence, self.strength, self.stage):
+            control.observe(self.draw, "value")
+        self.draw()
+
+    def choose(self, change):
+        """Another image: its own sentence, and a new picture."""
+        self.sentence.value = self.choices[self.scene.value][1]
+        self.draw()
+
+    def upload(self, change):
+        """A file of one's own becomes one more choice, at most 480 pixels wide and high."""
+        for file in self.file.value:
+            try:
+                image = PIL.fromarray(as_image(PIL.open(io.BytesIO(file.content))))
+            except (OSError, UserError) as error:
+                self.message.value = f"{file.name} cannot be read: {error}"
+                return
+            image.thumbnail((480, 480))
+            self.choices[file.name] = (np.array(image), self.sentence.value)
+            self.scene.options = list(self.choices)
+            self.scene.value = file.name
+
+    def draw(self, change=None):
+        """The picture for what the controls say."""
+        sentence = self.sentence.value
+        if is_blank(sentence):
+            self.message.value = "Type a sentence."
+            return
+        image = self.choices[self.scene.value][0]
+        strength = self.strength.value
+        stage = self.stage.value
+        without = look(self.model, image, sentence, 0)
+        seen = look(self.model, image, sentence, strength)
+        figure = with_and_without(self.probes, image, without, seen, stage, strength)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=100, pil_kwargs={"compress_level": 1})  # quick
+        self.picture.value = buffer.getvalue()
+        marked = [f"{np.mean(one['mask'] > THRESHOLD):.1%}" for one in (without, seen)]
+        self.message.value = f"marked: {marked[0]} without the Bridger, {marked[1]} with it"
+
+
+def play(model, probes, choices) -> Player:
+    """Show a Player; where there are no widgets (a printed page), one line in its place."""
+    player = Player(model, probes, choices)
+    bundle = player.box._repr_mimebundle_()
+    bundle["text/plain"] = NO_WIDGETS
+    display(bundle, raw=True)
+    return player

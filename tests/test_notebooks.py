@@ -16,7 +16,11 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoint import load_checkpoint
+from data import letterbox, normalize, open_dataset
+from toy.scenes import draw_scene
 from utils.common import ROOT
+from utils.tokenizer import tokenize
 
 pytest.importorskip("IPython", reason="the notebooks need jupyter")
 FOLDER = ROOT / "notebooks"
@@ -77,6 +81,44 @@ def test_the_right_answer_is_right_and_two_typical_wrong_ones_are_wrong_with_the
     for answer, why in exercise.wrong:
         assert lesson.check(name, answer) is False
         assert why in capsys.readouterr().out
+
+
+def says(text, value):
+    """Whether a text has this value as a word or number of its own, as Python would print it."""
+    word = re.escape(lesson.short(value).strip("'"))
+    return re.search(rf"(?<![\w.]){word}(?![\w]|\.\d)", text) is not None
+
+
+@pytest.mark.parametrize("name", lesson.EXERCISES)
+def test_wrong_answers_get_a_reason_then_a_hint_and_never_the_expected_value(name, capsys):
+    exercise = lesson.EXERCISES[name]
+    lesson.wrong_answers.clear()
+    said = []
+    for answer, _ in (*exercise.wrong[:2], exercise.wrong[0]):
+        assert lesson.check(name, answer) is False
+        said.append(capsys.readouterr().out)
+    assert "hint" not in said[0]
+    for text in said[1:]:
+        assert exercise.hint in text
+        assert f'lesson.solution("{name}")' in text
+    expected = lesson.solution(name)
+    assert lesson.difference(expected, lesson.run(exercise.right, exercise)) is None
+    for text in said:
+        without_names = text.replace(name, "")
+        assert not says(without_names, expected), text
+        if not exercise.on:
+            assert not says(without_names, exercise.right), text
+
+
+def test_the_expected_value_would_be_noticed():
+    assert says("it is 9, not 8", 9)
+    assert says("that is (4, 17, 676) ", (4, 17, 676))
+    assert not says("19 or 0.9 or 9.5", 9)
+
+
+def test_a_solution_of_no_exercise_names_the_exercises(capsys):
+    assert lesson.solution("no such exercise") is None
+    assert "01 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", lesson.EXERCISES)
@@ -160,6 +202,120 @@ def test_every_exercise_has_a_solution_and_stands_in_one_notebook():
     solved = re.findall(r'check\("([^"]+)"', "\n".join(SOLUTIONS))
     in_notebooks = [name for path in NOTEBOOKS for name in asked(path)]
     assert sorted(in_notebooks) == sorted(lesson.EXERCISES) == sorted(solved)
+
+
+# -------------------------------------------------------------------------- something to play with
+@pytest.fixture(scope="module")
+def player():
+    pytest.importorskip("ipywidgets", reason="it comes with jupyter")
+    model = load_checkpoint(ROOT / "weights" / "etris-tiny.pt")
+    probes = lesson.fit_probes(model, open_dataset("scenes", "train", limit=4, side=160))
+    scenes = {number: draw_scene("scenes", "test", number) for number in (17, 22)}
+    choices = {f"{number}": (one.image, one.sentences[0]) for number, one in scenes.items()}
+    return lesson.Player(model, probes, choices)
+
+
+def test_the_players_picture_follows_image_sentence_strength_and_stage(player):
+    seen = {bytes(player.picture.value)}
+    player.scene.value = "22"
+    assert player.sentence.value == player.choices["22"][1]
+    seen.add(bytes(player.picture.value))
+    player.sentence.value = "the ring"
+    seen.add(bytes(player.picture.value))
+    player.strength.value = 0.5
+    seen.add(bytes(player.picture.value))
+    player.stage.value = "decoder"
+    seen.add(bytes(player.picture.value))
+    assert len(seen) == 5
+    assert all(picture.startswith(b"\x89PNG") for picture in seen)
+
+
+def test_a_player_without_a_sentence_asks_for_one_and_keeps_its_picture(player):
+    before = bytes(player.picture.value)
+    player.sentence.value = "  "
+    assert player.message.value == "Type a sentence."
+    assert bytes(player.picture.value) == before
+
+
+def test_a_file_of_ones_own_becomes_a_choice_and_a_broken_one_is_named(player):
+    class File:
+        def __init__(self, name, content):
+            self.name = name
+            self.content = content
+
+    class Upload:
+        value = [File("mine.jpg", (FOLDER / "pictures" / "cat.jpg").read_bytes())]
+
+    player.sentence.value = "the cat"
+    player.file = Upload()
+    player.upload(None)
+    assert player.scene.value == "mine.jpg"
+    assert player.sentence.value == "the cat"
+    Upload.value = [File("broken.png", b"no image")]
+    player.upload(None)
+    assert player.message.value.startswith("broken.png cannot be read")
+
+
+def test_at_strength_0_a_look_is_plain_clip_and_at_1_it_is_the_model(player):
+    model = player.model
+    image, sentence = player.choices["17"]
+    square, _ = letterbox(image, model.size)
+    tokens = tokenize([sentence], model.max_tokens)
+    plain = lesson.look(model, image, sentence, 0)
+    trained = lesson.look(model, image, sentence, 1)
+    with torch.inference_mode():
+        v = model.clip.visual.stem(normalize(square[None]))
+        for i, stage in enumerate(model.clip.visual.stages):
+            v = stage(v)
+            assert torch.equal(v, plain[f"visual{i}.after"])
+    seen = model.activations(normalize(square[None]), tokens)
+    for name in ("visual2.after", "text2.after", "features"):
+        assert torch.allclose(seen[name], trained[name], atol=1e-5)
+        assert not torch.allclose(seen[name], plain[name], atol=1e-3)
+
+
+# ------------------------------------------------------------------- predictions, openings, endings
+def is_folded(cell):
+    """Whether JupyterLab opens a notebook with this cell's output folded."""
+    metadata = cell["metadata"]
+    hidden = metadata.get("jupyter", {}).get("outputs_hidden", False)
+    assert metadata.get("collapsed", False) == hidden  # the older name of the same
+    return hidden
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_outputs_below_a_prediction_are_folded_and_no_others(path):
+    below_a_prediction = False
+    folded = 0
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "markdown":
+            below_a_prediction = "**Predict" in "".join(cell["source"])
+            continue
+        expected = below_a_prediction and "check(" not in source(cell)
+        assert is_folded(cell) is expected, source(cell)
+        folded += expected
+    assert folded >= 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_a_notebook_opens_with_minutes_stars_and_needs_and_ends_with_what_one_knows(path):
+    markdown = cells(path, "markdown")
+    opening = "".join(markdown[0]["source"])
+    assert "**Question.**" in opening
+    assert re.search(r"^\*.* minutes.* · ★{1,3} · needs: .*\*$", opening, re.MULTILINE)
+    ending = "".join(markdown[-1]["source"])
+    known, questions = ending.split("## You now know")[1].split("## Five questions")
+    assert len(re.findall(r"^- ", known, re.MULTILINE)) == 3
+    answers = re.findall(r"<details><summary>\d\. .*</summary>\n\n(.+)\n</details>", questions)
+    assert len(answers) == 5
+    assert "`" not in "".join(re.findall("<summary>.*</summary>", questions))  # HTML, no Markdown
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_every_exercise_is_marked_with_stars(path):
+    text = prose(path)
+    assert len(re.findall(r"\*\*Exercise \d \(★{1,3}\)\.\*\*", text)) == len(asked(path))
+    assert len(re.findall(r"\*\*Exercise", text)) == len(asked(path))
 
 
 # --------------------------------------------------------------------------------------- notebooks
