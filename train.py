@@ -35,7 +35,7 @@ from utils.common import SEED, Parser, UserError, integer
 from utils.plots import draw_curves
 
 METRICS = ("oIoU", "mIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9")
-DATASETS = "scenes[+|-g], refcoco[+], refcocog-umd|google, or a FOLDER; a comma mixes several"
+DATASETS = "scenes[+|-g|-any], [g]refcoco, refcoco+, refcocog-umd|google, FOLDER; a comma mixes"
 
 
 # -------------------------------------------------------------------------------------- arguments
