@@ -322,6 +322,8 @@ def test_refcocogs_words_are_those_of_the_systems_configuration(system, backbone
         args = ["--system", system, "--backbone", backbone, "--dataset", dataset]
         found.append(train.arguments(args).words)
     assert found == [umd, google, 17]
+    args = ["--system", system, "--backbone", backbone, "--dataset", "grefcoco"]
+    assert train.arguments(args).words == 22
 
 
 def test_a_mix_has_the_words_of_its_longest_set(tmp_path):
