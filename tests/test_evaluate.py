@@ -93,6 +93,13 @@ def test_giou_ciou_nacc_and_tacc_by_hand():
     assert any_scores(ANY) == pytest.approx(expected)
 
 
+def test_the_example_in_the_docs():
+    """docs/metrics.md: gIoU 41.7, cIoU 80 / 270, N-acc and T-acc 50."""
+    scores = any_scores([ANY[0], ANY[2], ANY[4], ANY[5]])
+    expected = {"gIoU": 125 / 3, "cIoU": 8000 / 270, "N-acc": 50, "T-acc": 50}
+    assert scores == pytest.approx(expected)
+
+
 def test_the_pixels_that_say_something_are_an_option():
     """At 1 pixel only the empty mask says nothing: 49 of 49 count, the second no target is wrong.
 
