@@ -121,15 +121,29 @@ FORMS = {
 FORMS["scenes-crowd"] = FORMS["scenes"]
 # of scenes-any: what may fit several things, or none; {xs} is the plural of {x}
 SEVERAL_FORMS = (
-    *("all {xs}", "all the {xs}", "every {x}", "the {number} {xs}"),
-    *("all {xs} {at[1]}", "every {x} {at[1]}", "the {number} {xs} {at[1]}"),
-    *("all {xs} {rel}", "the {number} {xs} {rel}"),
+    "all {xs}",
+    "all the {xs}",
+    "every {x}",
+    "the {number} {xs}",
+    "all {xs} {at[1]}",
+    "every {x} {at[1]}",
+    "the {number} {xs} {at[1]}",
+    "all {xs} {rel}",
+    "the {number} {xs} {rel}",
     "all {xs} that are not {other}",
 )
 NONE_FORMS = (
-    *("{x}", "the {x}", "the {x}", "all {xs}", "every {x}"),
-    *("{at[0]} {x}", "the {x} {at[1]}", "all {xs} {at[1]}"),
-    *("{x} {rel}", "the {x} {rel}", "all {xs} {rel}"),
+    "{x}",
+    "the {x}",
+    "the {x}",
+    "all {xs}",
+    "every {x}",
+    "{at[0]} {x}",
+    "the {x} {at[1]}",
+    "all {xs} {at[1]}",
+    "{x} {rel}",
+    "the {x} {rel}",
+    "all {xs} {rel}",
 )
 NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 SLOTS = ("at", "most", "nth", "size", "rel", "also", "same", "other")

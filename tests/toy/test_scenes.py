@@ -2,6 +2,7 @@
 looking.
 """
 
+import hashlib
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise, product
@@ -232,6 +233,32 @@ def test_a_scene_of_today_is_a_scene_of_tomorrow():
     plan = plan_scene("scenes", "test", 0)
     assert plan.sentences == ("bottom left red cross", "the small cross in the bottom left corner")
     assert [(t.shape, t.colour) for t in plan.things][plan.target] == ("cross", "red")
+
+
+@pytest.mark.parametrize(
+    ("flavour", "expected"),
+    [
+        ("scenes", "6ba45e9a8152"),
+        ("scenes+", "5c51c69dab4a"),
+        ("scenes-g", "ef840e9d79d6"),
+        ("scenes-where", "4313377fb74d"),
+        ("scenes-crowd", "da39897d7c77"),
+        ("scenes-any", "2e120cebc66e"),
+    ],
+)
+def test_a_new_flavour_leaves_the_others_as_they_were(flavour, expected):
+    """Targets, sentences and things of five scenes of each split; the first five flavours as they
+    were before scenes-any.
+    """
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for i in range(5):
+            plan = plan_scene(flavour, split, i)
+            digest.update(f"{plan.targets} {plan.sentences} {plan.kinds}".encode())
+            for t in plan.things:
+                where = f"{float(t.x)} {float(t.y)} {float(t.r)}"
+                digest.update(f"{t.shape} {t.colour} {where}".encode())
+    assert digest.hexdigest()[:12] == expected
 
 
 def test_no_scene_is_in_two_splits(plans):
