@@ -95,15 +95,24 @@ DEFAULT_BACKBONES = {"etris": "tiny", "barleria": "tiny-vit", "detris": "tiny-di
 SCHEDULE_DROPS = {"step": (35 / 50,), "two-step": (35 / 65, 55 / 65)}
 
 # Tokens per sentence, start and end included: ETRIS section 4.2, and the released configurations
-# of the others; 17 for every other data set
+# of the others; 17 for every other data set. Of gRefCOCO none has one: 22 is our choice
 MAX_TOKENS = {
-    "etris": {"refcocog-umd": 22, "refcocog-google": 22, "scenes-g": 22},
-    "barleria": {},
-    "detris": {"refcocog-umd": 22, "scenes-g": 22},
+    "etris": {"refcocog-umd": 22, "refcocog-google": 22, "scenes-g": 22, "grefcoco": 22},
+    "barleria": {"grefcoco": 22},
+    "detris": {"refcocog-umd": 22, "scenes-g": 22, "grefcoco": 22},
 }
 
 # Objects to evaluate of drawn scenes, whose number has no natural limit
 SCENE_LIMITS = {"val": 200, "test": 500}
 
 # The split on which a finished run is tested; "test" for every other data set
-TEST_SPLITS = {"refcoco": "testA", "refcoco+": "testA", "refcocog-google": "val"}
+TEST_SPLITS = {
+    "refcoco": "testA",
+    "refcoco+": "testA",
+    "refcocog-google": "val",
+    "grefcoco": "testA",
+}
+
+# Pixels below which a prediction says "nothing" (gIoU, cIoU, N-acc, T-acc), of the data sets with
+# sentences that fit nothing: 50 of a photograph, as published; of a drawn scene the same
+NOTHING_BELOW = {"grefcoco": 50, "scenes-any": 50}

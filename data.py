@@ -10,7 +10,6 @@ B batch · L tokens · H W the image's own height and width · S side of the squ
 
 import functools
 import json
-import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 
@@ -21,10 +20,11 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 from clip_model import PIXEL_MEAN, PIXEL_STD
 from toy.scenes import FLAVOURS, SPLITS, Scenes
-from utils.common import READ_ERRORS, SEED, Parser, UserError, as_user_error, command, integer
+from utils.common import SEED, Parser, UserError, as_user_error, command, integer
 from utils.distributed import rank, world_size
 from utils.images import decode_segmentation, file_inside, read_image, resize, to_mask
 from utils.plots import contact_sheet
+from utils.refer import REFS_ERRORS, objects_of, read_refs
 from utils.tokenizer import is_blank, tokenize
 
 REFCOCO_FILES = {
@@ -32,12 +32,12 @@ REFCOCO_FILES = {
     "refcoco+": "refcoco+/refs(unc).p",
     "refcocog-umd": "refcocog/refs(umd).p",
     "refcocog-google": "refcocog/refs(google).p",
+    "grefcoco": "grefcoco/grefs(unc).json",
 }
 RECORD_FORMAT = (
     'a line is {"image": "images/x.jpg", "mask": "masks/x.png", '
     '"sentences": ["the red cup"], "split": "train"}'
 )
-PICKLE_ERRORS = (*READ_ERRORS, pickle.UnpicklingError, AttributeError, MemoryError)
 MEAN = 255 * torch.tensor(PIXEL_MEAN).view(3, 1, 1)
 STD = 255 * torch.tensor(PIXEL_STD).view(3, 1, 1)
 tokenize_cached = functools.lru_cache(maxsize=2**16)(tokenize)
@@ -47,10 +47,10 @@ copy_once = functools.cache(Tensor.to)  # each copy would wait for all that the 
 # ---------------------------------------------------------------------------------------- datasets
 @dataclass(frozen=True)
 class Sample:
-    """One object and the sentences that refer to it; until `load`, its pixels are on disk."""
+    """One object (of gRefCOCO any number) and its sentences; until `load`, pixels are on disk."""
 
     image: np.ndarray | Path  # uint8 (H, W, 3)
-    mask: np.ndarray | Path | tuple  # bool (H, W), or COCO's (segmentation, H, W)
+    mask: np.ndarray | Path | tuple  # bool (H, W), or COCO's (segmentations, H, W)
     sentences: tuple[str, ...]
     sent_ids: tuple[int, ...]
     ref_id: int
@@ -80,7 +80,9 @@ class Sample:
                 sizes = f"height and width {mask_size}, but {self.image} has {image.shape[:2]}"
                 raise ValueError(sizes)
             if mask is None:
-                mask = decode_segmentation(*self.mask)
+                mask = np.zeros(mask_size, bool)
+                for segmentation in self.mask[0]:
+                    mask |= decode_segmentation(segmentation, *mask_size)
         return replace(self, image=image, mask=mask)
 
 
@@ -186,15 +188,8 @@ def select_split(name, split, samples, limit, side) -> list[Sample] | Scenes:
 
 
 # ------------------------------------------------------------------------------------ files on disk
-class SafeUnpickler(pickle.Unpickler):
-    """Reads lists, dicts, text and numbers, and nothing that could run code."""
-
-    def find_class(self, module, name):
-        raise ValueError(f"asks for {module}.{name} and may run code; plain data needs no class")
-
-
 def read_refer(name, data) -> list[Sample]:
-    """All refs of a RefCOCO set, from the archive's own refs(…).p and instances.json."""
+    """All refs of a RefCOCO set, from the archive's own refs and instances.json."""
     refs_file = data / REFCOCO_FILES[name]
     instances_file = refs_file.with_name("instances.json")
     remedy = f"get it with `python prepare.py {name} --data {data}`"
@@ -208,20 +203,25 @@ def read_refer(name, data) -> list[Sample]:
                 raise ValueError("an image's name is longer than any file's")
             path = data / "images" / "train2014" / file_name
             images[row["id"]] = (path, row["height"], row["width"])
-        segmentations = {row["id"]: row["segmentation"] for row in instances["annotations"]}
+        annotations = instances["annotations"]
+        segmentations = {row["id"]: row["segmentation"] for row in annotations}
+        crowds = {row["id"] for row in annotations if row.get("iscrowd")}
 
-    with as_user_error(refs_file, remedy, errors=PICKLE_ERRORS), open(refs_file, "rb") as file:
-        # Python 2 wrote bytes; the tokenizer's ftfy repairs accents
-        refs = SafeUnpickler(file, encoding="latin1").load()
+    with as_user_error(refs_file, remedy, errors=REFS_ERRORS):
+        refs = read_refs(refs_file)
 
     samples = []
     with as_user_error(refs_file, remedy):
         for ref in refs:
             image, height, width = images[ref["image_id"]]
+            objects = objects_of(ref, segmentations, crowds)
+            if objects is None:
+                print(f"{name}: ref {ref['ref_id']} is left out, for it names crowds alone")
+                continue
             sentences = ref["sentences"]
             sample = Sample(
                 image=image,
-                mask=(segmentations[ref["ann_id"]], height, width),
+                mask=(objects, height, width),
                 sentences=tuple(sentence["sent"] for sentence in sentences),
                 sent_ids=tuple(sentence.get("sent_id", i) for i, sentence in enumerate(sentences)),
                 ref_id=ref["ref_id"],

@@ -5,7 +5,8 @@
 
 Of each sentence, I = |P ∩ G| and U = |P ∪ G|: P the pixels whose probability is over the threshold,
 G those of the object. oIoU = ΣI / ΣU, in which large objects count more; mIoU = mean of I / U;
-Pr@X = share of sentences with I / U > X. All in percent.
+Pr@X = share of sentences with I / U > X. All in percent. Where sentences may fit several objects or
+none (gRefCOCO) also gIoU, cIoU, N-acc and T-acc: docs/metrics.md.
 
 B batch · L tokens · K sentences of one object · H W the image's own size · S side of the square
 """
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint
+from config import NOTHING_BELOW
 from data import (
     REFCOCO_FILES,
     Letterbox,
@@ -84,6 +86,34 @@ def summarize(intersections, unions) -> dict[str, float]:
     return result
 
 
+def summarize_any(intersections, unions, truths, nothing_below) -> dict[str, float | None]:
+    """One I, U and |G| per sentence → {"gIoU", "cIoU", "N-acc", "T-acc"} in percent: gRefCOCO's.
+
+    A prediction of fewer than `nothing_below` pixels counts as empty: the model says "nothing".
+    gIoU: mean of I / U; of a sentence without target 1 if the model says so, else 0. cIoU: ΣI / ΣU.
+    N-acc: share of the sentences without target, of which the model says so. T-acc: share of the
+    others, of which it does not. None: there are no such sentences.
+    """
+    intersections = np.asarray(intersections)
+    unions = np.asarray(unions)
+    truths = np.asarray(truths)
+    says_nothing = intersections + unions - truths < nothing_below  # |P| = I + U − |G|
+    intersections = np.where(says_nothing, 0, intersections)
+    unions = np.where(says_nothing, truths, unions)
+    no_target = truths == 0
+    return {
+        "gIoU": 100 * float(iou(intersections, unions).mean()),
+        "cIoU": 100 * float(iou(intersections.sum(), unions.sum())),
+        "N-acc": percent(says_nothing[no_target]),
+        "T-acc": percent(~says_nothing[~no_target]),
+    }
+
+
+def percent(right) -> float | None:
+    """The share of True in percent; None of none."""
+    return 100 * float(right.mean()) if len(right) else None
+
+
 def grid_ceiling(dataset, size) -> dict[str, float]:
     """About the best scores of a grid of size / 4: true masks, averaged in its cells, enlarged."""
     table = []
@@ -124,7 +154,7 @@ class EvalDataset:
         return len(self.dataset)
 
     def __getitem__(self, i):
-        """image uint8 (3, S, S), box, mask bool (H, W), tokens (K, L), K × truncated, sample.
+        """image uint8 (3, S, S), box, mask bool (H, W), area, tokens (K, L), K × truncated, sample.
 
         Of an object that cannot be read: error.
         """
@@ -138,6 +168,7 @@ class EvalDataset:
             "image": image,
             "box": box,
             "mask": torch.from_numpy(sample.mask),
+            "area": int(sample.mask.sum()),
             "tokens": tokenize(sample.sentences, self.max_tokens),
             "truncated": (longer[:, -1] > 0).tolist(),
             "sample": replace(sample, image=None, mask=None),  # they are tensors now
@@ -208,13 +239,15 @@ def evaluate(
     progress=True,
     save_masks=None,
     keep_going=False,
+    nothing_below=None,
 ) -> tuple[dict, list[dict]]:
     """Measure every sentence of the first `limit` objects → (result, one row per sentence).
 
-    result: the scores, counts and protocol; row: ref_id, sent_id, sentence, I, U, IoU in percent;
-    of scenes also kind, objects, occlusion, and digit and found where a sentence names a digit.
+    result: the scores, counts and protocol; row: ref_id, sent_id, sentence, I, U, IoU in percent,
+    |G|; of scenes also kind, objects, occlusion, digit and found where a sentence names a digit.
     dtype: of autocast, None for none; save_masks: a folder for the masks; keep_going: skip, and
     count, objects that cannot be read. Processes of torchrun share the objects; all get all rows.
+    nothing_below: summarize_any's; None: config.NOTHING_BELOW, else without these scores.
     """
     device = torch.device(device)
     count = len(dataset) if limit is None else min(limit, len(dataset))
@@ -253,8 +286,10 @@ def evaluate(
     if not rows:
         all_skipped = "all objects were skipped: nothing is left to measure"
         raise UserError(f"{dataset.name} {dataset.split}: {all_skipped}")
+    if nothing_below is None:
+        nothing_below = NOTHING_BELOW.get(dataset.name)
     result = {
-        **summarize([row["I"] for row in rows], [row["U"] for row in rows]),
+        **scores_of(rows, nothing_below),
         "sentences": len(rows),
         "refs": count - len(skipped),
         "images": len({image_id for image_id, _ in seen}),
@@ -273,6 +308,18 @@ def evaluate(
     return result, rows
 
 
+def scores_of(rows, nothing_below=None) -> dict:
+    """The scores of these rows, with gRefCOCO's if `nothing_below` is a number."""
+    intersections = [row["I"] for row in rows]
+    unions = [row["U"] for row in rows]
+    scores = summarize(intersections, unions)
+    if nothing_below is not None:
+        truths = [row["G"] for row in rows]
+        scores.update(summarize_any(intersections, unions, truths, nothing_below))
+        scores["nothing_below"] = nothing_below
+    return scores
+
+
 def score(item, k, mask, intersection, union) -> dict:
     """The row of the item's sentence k, of which `mask` (H, W) was predicted."""
     sample = item["sample"]
@@ -283,6 +330,7 @@ def score(item, k, mask, intersection, union) -> dict:
         "I": intersection,
         "U": union,
         "IoU": 100 * float(iou(intersection, union)),
+        "G": item["area"],
     }
     if isinstance(sample, Scene):
         row.update(scene_facts(sample, k, mask))
@@ -364,6 +412,12 @@ def format_result(result) -> str:
     names = ["oIoU", "mIoU", *[f"Pr@{threshold}" for threshold in PRECISION_THRESHOLDS]]
     lines.append(" ".join(f"{name:>7}" for name in names))
     lines.append(" ".join(f"{result[name]:7.2f}" for name in names))
+    if "gIoU" in result:
+        lines.append(f"fewer than {result['nothing_below']} pixels count as nothing:")
+        names = ["gIoU", "cIoU", "N-acc", "T-acc"]
+        lines.append(" ".join(f"{name:>7}" for name in names))
+        values = [result[name] for name in names]
+        lines.append(" ".join("      –" if x is None else f"{x:7.2f}" for x in values))
     return "\n".join(lines)
 
 
@@ -427,6 +481,13 @@ def arguments(argv=None):
     )
     parser.add_argument(
         "--threshold", type=float, default=THRESHOLD, help=f"of the probability ({THRESHOLD})"
+    )
+    parser.add_argument(
+        "--nothing-below",
+        type=integer(),
+        metavar="N",
+        help="a mask of fewer pixels says nothing: for gIoU, cIoU, N-acc and T-acc (50 of grefcoco "
+        "and scenes-any, which alone have these metrics by default)",
     )
     # Run
     parser.add_argument("--batch-size", type=integer(), default=32, help="sentences at a time (32)")
@@ -495,6 +556,7 @@ def main(argv=None):
             workers=default_workers(device) if args.workers is None else args.workers,
             save_masks=folder if args.save_masks else None,
             keep_going=args.keep_going,
+            nothing_below=args.nothing_below,
         )
         for path in Path(folder).iterdir():
             write_file(Path(args.save_masks, path.name), path.read_bytes())

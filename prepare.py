@@ -1,7 +1,8 @@
-"""Download RefCOCO, RefCOCO+ or RefCOCOg with the COCO images it uses; or convert annotations.
+"""Download RefCOCO, RefCOCO+, RefCOCOg or gRefCOCO and its COCO images; or convert annotations.
 
     python prepare.py refcoco --data DIR                 some 20,000 single images (about 3 GB)
     python prepare.py refcoco --data DIR --all-images    the whole train2014.zip (13 GB, kept)
+    python prepare.py grefcoco --data DIR                its images; annotations come by browser
     python prepare.py from-coco FILE.json --images DIR --out FOLDER
     python prepare.py from-labelme DIR --out FOLDER
 
@@ -42,9 +43,10 @@ ARCHIVED = {  # the day of the Wayback Machine's copy
     "refcoco+": "20220413011656",
     "refcocog": "20220413012904",
 }
+BY_BROWSER = {"grefcoco": "https://github.com/henghuiding/gRefCOCO"}  # a drive without archives
 IMAGES_URL = "http://images.cocodataset.org"
 IMAGE_NAME = re.compile(r"COCO_train2014_\d{12}\.jpg")
-PUBLISHED = {  # dataset: split: refs, sentences, images
+PUBLISHED = {  # dataset: split: refs, sentences, images; of gRefCOCO's splits nothing is
     "refcoco": {
         "train": (42404, 120624, 16994),
         "val": (3811, 10834, 1500),
@@ -67,6 +69,7 @@ PUBLISHED = {  # dataset: split: refs, sentences, images
         "val": (5000, 9536, 4650),
     },
 }
+IMAGES_IN_ALL = {"grefcoco": 19_994}
 TRAIN2014_IMAGES = 82_783
 BYTES_PER_IMAGE = 165_000  # on average
 ANNOTATION_BYTES = 500_000_000  # a generous guess
@@ -108,13 +111,16 @@ def check_sizes(name: str, refs: list):
 
     The published sentence counts of RefCOCO+ and RefCOCOg are from memory: another number is told.
     """
-    splits = {ref.split for ref in refs} | PUBLISHED[name].keys()
+    splits = {ref.split for ref in refs} | PUBLISHED.get(name, {}).keys()
     for split in sorted(splits):
         group = [ref for ref in refs if ref.split == split]
         sentences = sum(len(ref.sentences) for ref in group)
         images = len({ref.image_id for ref in group})
         found = (len(group), sentences, images)
         print(f"{name} {split}: {len(group):,} refs, {sentences:,} sentences, {images:,} images")
+        if name not in PUBLISHED:
+            print_targets(name, split, group)
+            continue
         published = PUBLISHED[name].get(split, (0, 0, 0))
         same_objects = (found[0], found[2]) == (published[0], published[2])
         if not same_objects or (name == "refcoco" and found != published):
@@ -125,6 +131,17 @@ def check_sizes(name: str, refs: list):
             print(f"note: {expected}; refs and images are as published")
 
 
+def print_targets(name: str, split: str, refs: list):
+    """Print how many sentences of a split name several objects, and how many none."""
+    several = 0
+    none = 0
+    for ref in refs:
+        objects = len(ref.mask[0])
+        several += len(ref.sentences) if objects > 1 else 0
+        none += len(ref.sentences) if objects == 0 else 0
+    print(f"{name} {split}: {several:,} sentences name several objects, {none:,} none")
+
+
 def read_annotations(name: str, root: Path, origin) -> dict:
     """Check a dataset's files → {image name: (width, height)}. A UserError blames `origin`."""
     try:
@@ -132,7 +149,7 @@ def read_annotations(name: str, root: Path, origin) -> dict:
         check_sizes(name, refs)
         sizes = {}
         for ref in refs:
-            segmentation, height, width = ref.mask
+            segmentations, height, width = ref.mask
             sizes[ref.image.name] = (width, height)
             if not IMAGE_NAME.fullmatch(ref.image.name):
                 raise UserError(f"{ref.image.name!r} is no image of train2014")
@@ -142,23 +159,27 @@ def read_annotations(name: str, root: Path, origin) -> dict:
         raise UserError(f"{origin} is no good, {remedy}: {error}") from error
 
 
-def prepare_annotations(name: str, root: Path, url: str) -> dict:
+def prepare_annotations(name: str, root: Path, url: str | None) -> dict:
     """Have a dataset's files in its folder, downloaded if need be → {image name: (width, height)}.
 
-    What fails the checks never gets there.
+    What fails the checks never gets there. url: of the archive, None where there is none.
     """
     refs_file = root / REFCOCO_FILES[name]
     folder = refs_file.parent
     if refs_file.exists() and (folder / "instances.json").exists():
         return read_annotations(name, root, origin=f"{folder} (remove it)")
 
+    if url is None:
+        files = f"{refs_file.name} and instances.json"
+        todo = f"get them by browser from {BY_BROWSER[name]} and put them into {folder}"
+        raise UserError(f"{name}: {files} are nowhere to be downloaded by a program: {todo}")
     archive = root / f"{folder.name}.zip"
     unpacked = root / "unpacking"
     if not archive.exists():
         download(url, archive)
     print(f"{archive.name}: SHA-256 {sha256(archive)} (none is published)")
     try:
-        pattern = re.escape(folder.name) + r"/(refs\(\w+\)\.p|instances\.json)"
+        pattern = re.escape(folder.name) + r"/(refs\(\w+\)\.p|grefs\(\w+\)\.json|instances\.json)"
         unpack(archive, pattern, unpacked / folder.name)
         sizes = read_annotations(name, unpacked, origin=url)
         folder.mkdir(exist_ok=True)
@@ -244,7 +265,8 @@ def check_space(name: str, root: Path, all_images: bool):
     """Print how much disk the run may still take; UserError where there is less."""
     images = TRAIN2014_IMAGES
     if not all_images:
-        images = sum(images for refs, sentences, images in PUBLISHED[name].values())
+        rows = PUBLISHED.get(name, {}).values()
+        images = IMAGES_IN_ALL.get(name) or sum(images for refs, sentences, images in rows)
     images_there = len(list(root.glob("images/train2014/*.jpg")))
     need = ANNOTATION_BYTES + max(0, images - images_there) * BYTES_PER_IMAGE
     if all_images and not (root / "train2014.zip").exists():
@@ -264,8 +286,11 @@ def download_dataset(args):
     check_space(args.action, root, args.all_images)
 
     folder = Path(REFCOCO_FILES[args.action]).parent.name
-    annotations_url = args.annotations_url or ANNOTATIONS_URL.format(day=ARCHIVED[folder])
-    sizes = prepare_annotations(args.action, root, f"{annotations_url.rstrip('/')}/{folder}.zip")
+    annotations_url = args.annotations_url
+    if annotations_url is None and folder in ARCHIVED:
+        annotations_url = ANNOTATIONS_URL.format(day=ARCHIVED[folder])
+    archive_url = annotations_url and f"{annotations_url.rstrip('/')}/{folder}.zip"
+    sizes = prepare_annotations(args.action, root, archive_url)
 
     images_url = args.images_url.rstrip("/")
     image_folder = root / "images" / "train2014"
@@ -367,7 +392,7 @@ def add_download_options(parser):
     parser.add_argument(
         "--annotations-url",
         metavar="URL",
-        help="has refcoco.zip, refcoco+.zip and refcocog.zip",
+        help="has refcoco.zip, refcoco+.zip, refcocog.zip, grefcoco.zip",
     )
 
 

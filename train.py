@@ -34,8 +34,8 @@ from utils import common, distributed
 from utils.common import SEED, Parser, UserError, integer
 from utils.plots import draw_curves
 
-METRICS = ("oIoU", "mIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9")
-DATASETS = "scenes[+|-g], refcoco[+], refcocog-umd|google, or a FOLDER; a comma mixes several"
+METRICS = ("oIoU", "mIoU", "gIoU", "cIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9")
+DATASETS = "scenes[+|-g|-any], [g]refcoco, refcoco+, refcocog-umd|google, FOLDER; a comma mixes"
 
 
 # -------------------------------------------------------------------------------------- arguments
@@ -334,7 +334,7 @@ def test_best(args, model, val_set, device, dtype, state) -> dict:
     result = validate(args, model, test_set, device, dtype)
     result["minutes"] = round(state.total_minutes(), 2)
     result["steps"] = state.global_step
-    numbers = "  ".join(f"{name} {result[name]:.2f}" for name in METRICS)
+    numbers = "  ".join(f"{name} {result[name]:.2f}" for name in METRICS if name in result)
     print(f"{test_set.name} {test_set.split}, {result['sentences']:,} sentences: {numbers}")
     if distributed.rank() == 0:
         (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -185,8 +185,11 @@ def other_sentences(samples) -> list[str | None]:
 def sentence_about_another(scene) -> str | None:
     """The first sentence that can be said about the next thing of the scene, or the one after."""
     count = len(scene.things)
+    first = scene.targets[0] if scene.targets else 0
     for step in range(1, count):
-        target = (scene.target + step) % count
+        target = (first + step) % count
+        if target in scene.targets:
+            continue
         sentences = sentences_about(scene.things, target, "scenes", seed=scene.image_id)
         if sentences:
             return next(iter(sentences))

@@ -87,7 +87,8 @@ def write_refer(data, name="refcoco/refs(unc).p", tables=None, protocol=0):
     refs, instances = tables or refer_tables()
     path = Path(data, name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(pickle.dumps(refs, protocol=protocol))
+    as_json = path.suffix == ".json"
+    path.write_bytes(json.dumps(refs).encode() if as_json else pickle.dumps(refs, protocol))
     path.with_name("instances.json").write_text(json.dumps(instances))
     folder = Path(data, "images", "train2014")
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,6 +96,19 @@ def write_refer(data, name="refcoco/refs(unc).p", tables=None, protocol=0):
         shade = np.full((row["height"], row["width"], 3), 40 * (row["id"] % 6), np.uint8)
         Image.fromarray(shade).save(folder / row["file_name"])
     return path
+
+
+def grefer_tables():
+    """gRefCOCO's: refs with two objects, with none, with one and a crowd, and with a crowd alone.
+
+    The objects are those of refer_tables, all on image 0 but for the last ref's; 102 is a crowd.
+    """
+    refs, instances = refer_tables()
+    several = [[100, 101], [-1], [103, 102], [102]]
+    for ref, ann_ids in zip(refs, several, strict=True):
+        ref["ann_id"] = ann_ids
+        ref["category_id"] = [1] * len(ann_ids)
+    return refs, instances
 
 
 def write_folder(folder, records):

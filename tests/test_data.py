@@ -15,6 +15,7 @@ from clip_model import PIXEL_MEAN, PIXEL_STD
 from conftest import (
     HEIGHT,
     WIDTH,
+    grefer_tables,
     record,
     rectangle,
     refer_tables,
@@ -240,6 +241,73 @@ def test_a_mix_trains_on_no_image_that_is_evaluated(refer_tree, capsys):
     assert f"refcoco+: {line}" in out
     with pytest.raises(UserError, match="one dataset at a time"):
         open_dataset("refcoco,refcoco+", "val", refer_tree)
+
+
+# ----------------------------------------------------------------------------------------- gRefCOCO
+@pytest.fixture
+def grefer_tree(tmp_path):
+    write_refer(tmp_path, REFCOCO_FILES["grefcoco"], grefer_tables())
+    return tmp_path
+
+
+def test_several_objects_are_one_mask(grefer_tree):
+    """225 pixels of the two polygons and rows 10-19, columns 20-29 (100); 50 in both."""
+    sample = open_dataset("grefcoco", "train", grefer_tree)[0]
+    expected = rectangle(5, 5, 15, 15) | rectangle(10, 10, 20, 25) | rectangle(10, 20, 20, 30)
+    np.testing.assert_array_equal(sample.mask, expected)
+    assert sample.mask.sum() == 225 + 100 - 50
+    assert (sample.ref_id, sample.sentences) == (10, ("left thing 0", "thing 0"))
+
+
+def test_no_target_is_an_empty_mask(grefer_tree):
+    """[-1] says so. It trains and is drawn like any other."""
+    dataset = open_dataset("grefcoco", "train", grefer_tree)
+    sample = dataset[1]
+    assert sample.mask.shape == (HEIGHT, WIDTH)
+    assert not sample.mask.any()
+    item = TrainDataset(dataset, 32, 17)[1]
+    assert item["mask"].shape == (1, 32, 32)
+    assert not item["mask"].any()
+    sheet = grefer_tree / "sheet.png"
+    data.main(["show", "grefcoco", "--data", str(grefer_tree), "--out", str(sheet)])
+    assert sheet.is_file()
+
+
+def test_crowds_are_left_out_of_several_and_refs_of_crowds_alone_altogether(grefer_tree, capsys):
+    """Ref 12 names the left half and a crowd: the left half stays. Ref 13 names the crowd alone."""
+    sample = open_dataset("grefcoco", "val", grefer_tree)[0]
+    np.testing.assert_array_equal(sample.mask, rectangle(0, 0, HEIGHT, WIDTH // 2))
+    assert "ref 13 is left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="testA has no refs; available splits: train, val"):
+        open_dataset("grefcoco", "testA", grefer_tree)
+
+
+@pytest.mark.parametrize("ann_id", [[], [-1, 100], [5], ["100"], [[100]], None, 7])
+def test_a_ref_with_wrong_objects_is_named(tmp_path, ann_id):
+    """No object at all, no target beside one, an unknown one, text, a list, nothing."""
+    refs, instances = grefer_tables()
+    refs[0]["ann_id"] = ann_id
+    write_refer(tmp_path, REFCOCO_FILES["grefcoco"], (refs, instances))
+    with pytest.raises(UserError, match=r"grefs\(unc\)\.json.*prepare\.py grefcoco"):
+        open_dataset("grefcoco", "train", tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"7", b'[{"ref_id": 1}]', b"\xff[]", b"[1]"])
+def test_a_malformed_json_of_refs_is_named(grefer_tree, content):
+    (grefer_tree / REFCOCO_FILES["grefcoco"]).write_bytes(content)
+    with pytest.raises(UserError, match=r"grefs\(unc\)\.json.*prepare\.py grefcoco"):
+        open_dataset("grefcoco", "train", grefer_tree)
+
+
+def test_grefcoco_takes_part_in_the_filter_of_a_mix(grefer_tree, capsys):
+    """gRefCOCO's val shows image 2, on which RefCOCO trains here: it is left out."""
+    refs, instances = refer_tables()
+    refs[2]["split"] = "train"
+    refs[3]["split"] = "train"
+    write_refer(grefer_tree, REFCOCO_FILES["refcoco"], (refs, instances))
+    mix = open_dataset("refcoco,grefcoco", "train", grefer_tree)
+    assert [mix[i].image_id for i in range(len(mix))] == [0, 1, 3, 0, 1]
+    assert "refcoco: 1 refs left out" in capsys.readouterr().out
 
 
 def test_the_real_sample_is_read_whole(refer_sample):

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 import evaluate as room
-from conftest import HEIGHT, WIDTH, record, write_folder
-from data import letterbox, normalize, open_dataset
+from conftest import HEIGHT, WIDTH, grefer_tables, record, write_folder, write_refer
+from data import REFCOCO_FILES, RefDataset, letterbox, normalize, open_dataset
 from evaluate import (
     EvalDataset,
     evaluate,
@@ -22,6 +22,7 @@ from evaluate import (
     predict_probabilities,
     sentence_batches,
     summarize,
+    summarize_any,
 )
 from toy.scenes import Thing
 from utils.common import UserError, write_file
@@ -63,6 +64,67 @@ def test_nothing_to_find_and_nothing_found_counts_as_right():
     assert half["mIoU"] == 50
     assert half["oIoU"] == 0
     assert summarize([0], [0]) == dict.fromkeys(["oIoU", "mIoU", *PRECISIONS], 100)
+
+
+# P, G and what both share, in pixels; "nothing" is said by fewer than 50 pixels
+#                       P    G    both   counted I / U   IoU
+ANY = [
+    (100, 100, 80),  # one object:       80 / 120       2/3
+    (300, 200, 200),  # several:        200 / 300       2/3
+    (49, 100, 49),  # says nothing:       0 / 100         0
+    (0, 0, 0),  # no target, right:       0 / 0           1
+    (49, 0, 0),  # no target, right:      0 / 0           1
+    (50, 0, 0),  # no target, wrong:      0 / 50          0
+]
+
+
+def any_scores(table, nothing_below=50):
+    intersections = [both for _, _, both in table]
+    unions = [found + truth - both for found, truth, both in table]
+    truths = [truth for _, truth, _ in table]
+    return summarize_any(intersections, unions, truths, nothing_below)
+
+
+def test_giou_ciou_nacc_and_tacc_by_hand():
+    """gIoU = (2/3 + 2/3 + 0 + 1 + 1 + 0) / 6 = 10/18; cIoU = (80 + 200) / (120 + 300 + 100 + 50);
+    N-acc: 2 of 3 say nothing; T-acc: 2 of 3 say something.
+    """
+    expected = {"gIoU": 100 * 10 / 18, "cIoU": 100 * 280 / 570, "N-acc": 200 / 3, "T-acc": 200 / 3}
+    assert any_scores(ANY) == pytest.approx(expected)
+
+
+def test_the_example_in_the_docs():
+    """docs/metrics.md: gIoU 41.7, cIoU 80 / 270, N-acc and T-acc 50."""
+    scores = any_scores([ANY[0], ANY[2], ANY[4], ANY[5]])
+    expected = {"gIoU": 125 / 3, "cIoU": 8000 / 270, "N-acc": 50, "T-acc": 50}
+    assert scores == pytest.approx(expected)
+
+
+def test_the_pixels_that_say_something_are_an_option():
+    """At 1 pixel only the empty mask says nothing: 49 of 49 count, the second no target is wrong.
+
+    gIoU = (2/3 + 2/3 + 0.49 + 1 + 0 + 0) / 6; cIoU = 329 / (120 + 300 + 100 + 49 + 50).
+    """
+    scores = any_scores(ANY, nothing_below=1)
+    assert scores["gIoU"] == pytest.approx(100 * (4 / 3 + 1.49) / 6)
+    assert scores["cIoU"] == pytest.approx(100 * 329 / 619)
+    assert scores["N-acc"] == pytest.approx(100 / 3)
+    assert scores["T-acc"] == 100
+
+
+def test_giou_and_ciou_are_miou_and_oiou_where_every_sentence_finds_its_object():
+    """The same formulas by other names: they part where nothing is said or to be found."""
+    table = ANY[:2]
+    scores = any_scores(table)
+    plain = summarize([80, 200], [120, 300])
+    assert scores["gIoU"] == pytest.approx(plain["mIoU"])
+    assert scores["cIoU"] == pytest.approx(plain["oIoU"])
+    assert (scores["N-acc"], scores["T-acc"]) == (None, 100)
+
+
+def test_only_sentences_without_target_have_no_tacc():
+    scores = any_scores(ANY[3:5])
+    assert scores == {"gIoU": 100, "cIoU": 100, "N-acc": 100, "T-acc": None}
 
 
 def test_formulas_equal_a_loop_over_pixels():
@@ -163,6 +225,24 @@ def test_what_cannot_be_read_ends_it_or_is_counted(bright_folder, bright_model, 
     result, rows = evaluate(bright_model, dataset, progress=False, keep_going=True)
     assert (result["refs"], result["skipped"], len(rows)) == (1, 1, 3)
     assert "skipped: " in capsys.readouterr().err
+
+
+def test_data_with_sentences_that_fit_nothing_has_four_more_scores(tmp_path, bright_model):
+    """gRefCOCO has them by itself, at 50 pixels; other data where `nothing_below` is given."""
+    write_refer(tmp_path, REFCOCO_FILES["grefcoco"], grefer_tables())
+    dataset = open_dataset("grefcoco", "train", tmp_path)
+    result, rows = evaluate(bright_model, dataset, progress=False)
+    assert [row["G"] for row in rows] == [275, 275, 0, 0]
+    assert result["nothing_below"] == 50
+    # images 0 and 1 are dark: 40 or less of 255; nothing bright is found in them
+    assert (result["N-acc"], result["T-acc"], result["gIoU"]) == (100, 0, 50)
+    assert "N-acc" in format_result(result)
+    other = RefDataset("mine", "train", dataset.samples)
+    plain, _ = evaluate(bright_model, other, progress=False)
+    assert "gIoU" not in plain
+    assert "N-acc" not in format_result(plain)
+    asked, _ = evaluate(bright_model, other, progress=False, nothing_below=1)
+    assert asked["gIoU"] == 50
 
 
 def test_scenes_keep_the_kind_of_their_sentences(bright_model):

@@ -18,8 +18,9 @@ import config
 import train
 from checkpoint import build_model, load_checkpoint, read_checkpoint
 from clip_model import CLIP, CLIP_CONFIGS
-from conftest import record, write_folder
+from conftest import grefer_tables, record, write_folder, write_refer
 from data import (
+    REFCOCO_FILES,
     Letterbox,
     TrainDataset,
     letterbox_mask,
@@ -322,6 +323,8 @@ def test_refcocogs_words_are_those_of_the_systems_configuration(system, backbone
         args = ["--system", system, "--backbone", backbone, "--dataset", dataset]
         found.append(train.arguments(args).words)
     assert found == [umd, google, 17]
+    args = ["--system", system, "--backbone", backbone, "--dataset", "grefcoco"]
+    assert train.arguments(args).words == 22
 
 
 def test_a_mix_has_the_words_of_its_longest_set(tmp_path):
@@ -780,6 +783,23 @@ def test_empty_masks_and_sentences_of_padding_make_no_nan(system, backbone):
     loss.backward()
     assert loss.isfinite() and logits.isfinite().all()
     assert all(x.grad.isfinite().all() for x in model.parameters() if x.grad is not None)
+
+
+def test_sentences_that_fit_several_things_or_none_train(tmp_path, capsys):
+    """Scenes and gRefCOCO from the command line to result.json, the four scores among it."""
+    refs, instances = grefer_tables()
+    refs[2]["split"] = "testA"
+    write_refer(tmp_path, REFCOCO_FILES["grefcoco"], (refs, instances))
+    for name in ("scenes-any", "grefcoco"):
+        out = tmp_path / name
+        run(out, "--dataset", name, "--data", tmp_path, "--steps", 2)
+        result = json.loads((out / "result.json").read_text())
+        assert {"oIoU", "mIoU", "gIoU", "cIoU", "N-acc", "T-acc"} <= result.keys()
+        assert result["nothing_below"] == 50
+        log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert np.isfinite(log[-1]["loss"]) and "gIoU" in log[-1]["val"]
+        assert f"{name} test" in capsys.readouterr().out
+    assert result["N-acc"] is None  # the only ref of testA names an object
 
 
 def test_an_image_that_vanishes_while_training_costs_no_step(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,7 @@
 """Drawn scenes: images made from a seed, and sentences that refer to exactly one object.
 
+Only those of `scenes-any` may refer to several objects, or to none.
+
 Nothing is stored: flavour, split and index give the same scene everywhere. A scene is a list of
 things with a shape, a colour, a size class, a center and a radius, in pixels of a 160 × 160 image;
 x grows to the right, y downwards. What a sentence means in terms of that list
@@ -23,15 +25,18 @@ x grows to the right, y downwards. What a sentence means in terms of that list
   X that is not COLOUR, X with the same colour/shape/size as the L
                              what it says; each digit is a shape of its own
   X … that is … and …        all of them; score: the smallest
+  all Xs, all the Xs, every X, the N Xs
+                             X; N says how many fit, two to six
 
 A landmark L is an X that fits one thing only, and is not among the X compared with it. MARGIN is
 12.8, 8 % of the side: a thing fits clearly with a score above it, and might fit above −MARGIN. A
-sentence is used only where the target fits clearly and nothing else might. "that can be seen in
+sentence is used only where its targets fit clearly and nothing else might. "that can be seen in
 this picture" and the like mean nothing. `scenes` is short, without the same-as and the not;
 `scenes+` has no word of place; `scenes-g` has 8 to 16 words; `scenes-where` has
 order and relation alone; `scenes-crowd` has many things, of one or two shapes and two colours, in
-every split (the last two are conditions of `experiments.reproduce talk`). test-numbers (digits to
-be told apart) and test-crowd (many things, close together) are the paper's failure cases.
+every split (the last two are conditions of `experiments.reproduce talk`); `scenes-any`, gRefCOCO
+in miniature, has sentences of `scenes`, and others that fit several things or none. test-numbers
+(digits to be told apart) and test-crowd (many things, close together) are the paper's failures.
 """
 
 from dataclasses import dataclass
@@ -42,7 +47,7 @@ import numpy as np
 
 from utils.common import UserError
 
-FLAVOURS = ("scenes", "scenes+", "scenes-g", "scenes-where", "scenes-crowd")
+FLAVOURS = ("scenes", "scenes+", "scenes-g", "scenes-where", "scenes-crowd", "scenes-any")
 SPLITS = {"train": 7500, "val": 500, "test": 2000, "test-numbers": 500, "test-crowd": 500}  # refs
 WORLD = 160  # side of the image in which things are planned
 MARGIN = 12.8
@@ -114,6 +119,33 @@ FORMS = {
     ),
 }
 FORMS["scenes-crowd"] = FORMS["scenes"]
+# of scenes-any: what may fit several things, or none; {xs} is the plural of {x}
+SEVERAL_FORMS = (
+    "all {xs}",
+    "all the {xs}",
+    "every {x}",
+    "the {number} {xs}",
+    "all {xs} {at[1]}",
+    "every {x} {at[1]}",
+    "the {number} {xs} {at[1]}",
+    "all {xs} {rel}",
+    "the {number} {xs} {rel}",
+    "all {xs} that are not {other}",
+)
+NONE_FORMS = (
+    "{x}",
+    "the {x}",
+    "the {x}",
+    "all {xs}",
+    "every {x}",
+    "{at[0]} {x}",
+    "the {x} {at[1]}",
+    "all {xs} {at[1]}",
+    "{x} {rel}",
+    "the {x} {rel}",
+    "all {xs} {rel}",
+)
+NUMBER_WORDS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 SLOTS = ("at", "most", "nth", "size", "rel", "also", "same", "other")
 
 
@@ -136,24 +168,32 @@ class Thing:
 
 @dataclass(frozen=True)
 class Plan:
-    """A scene before it is painted: things in drawing order, the target's index, sentences."""
+    """A scene before it is painted: things in drawing order, the targets' indices, sentences.
+
+    All flavours have one target, but for `scenes-any`: there may be several, or none.
+    """
 
     things: tuple[Thing, ...]
-    target: int
+    targets: tuple[int, ...]
     sentences: tuple[str, ...]
     kinds: tuple[str, ...]
+
+    @property
+    def target(self) -> int:
+        """The only target, or the first of several."""
+        return self.targets[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Scene(Plan):
     """A painted plan, with the fields of a data.Sample.
 
-    image uint8 (S, S, 3); mask bool (S, S) of the target's visible part.
+    image uint8 (S, S, 3); mask bool (S, S) of the targets' visible parts.
     """
 
     image: np.ndarray
     mask: np.ndarray
-    occlusion: float  # the share of the target that later things hide
+    occlusion: float  # the share of the targets that later things hide
     ref_id: int
     image_id: int
     sent_ids: tuple[int, ...]
@@ -192,7 +232,7 @@ def draw_scene(flavour, split, index, side=WORLD) -> Scene:
     """The Scene of that index, painted `side` pixels wide."""
     plan = plan_scene(flavour, split, index)
     rng = np.random.default_rng((*_seed(flavour, split, index), 1))
-    painted = paint(plan.things, plan.target, rng, side)
+    painted = paint(plan.things, plan.targets, rng, side)
     return Scene(
         **vars(plan),
         **painted,
@@ -211,9 +251,14 @@ def plan_scene(flavour, split, index) -> Plan:
         target = int(rng.random() * len(things))
         if not _is_suitable(things, target, flavour, split):
             continue
-        kinds = _Speaker(rng, things, target).say(flavour)
+        speaker = _Speaker(rng, things, target)
+        if flavour == "scenes-any":
+            targets, kinds = speaker.say_any()
+        else:
+            targets = (target,)
+            kinds = speaker.say(flavour)
         if kinds:
-            return Plan(things, target, tuple(kinds), tuple(kinds.values()))
+            return Plan(things, targets, tuple(kinds), tuple(kinds.values()))
 
 
 def sentences_about(things, target, flavour, seed) -> dict[str, str]:
@@ -380,6 +425,27 @@ class _Speaker:
                 break
         return kinds
 
+    def say_any(self) -> tuple[tuple[int, ...], dict[str, str]]:
+        """What scenes-any says: (targets, {sentence: kind}), of one thing, of several or of none.
+
+        The kind of a sentence about one thing is that of `scenes`; of others "several" or "none".
+        """
+        kind = self.pick(("one", "one", "several", "several", "none"))
+        if kind == "one":
+            return (self.target,), self.say("scenes")
+        make = self.several if kind == "several" else self.none
+        targets = None
+        kinds = {}
+        wanted = self.pick((1, 2, 3, 3, 4))
+        for _ in range(40):
+            found, text = make()
+            if text and targets in (None, found):  # all sentences of a scene have the same targets
+                targets = found
+                kinds[text] = kind
+            if len(kinds) == wanted:
+                break
+        return targets, kinds
+
     def names_of(self, i) -> list[tuple[str, frozenset]]:
         """Every X that fits thing i, with the indices of all things that it fits."""
         thing = self.things[i]
@@ -431,18 +497,87 @@ class _Speaker:
             return None
 
         x, members = self.shorter(names)
-        texts = {"x": x}
-        scores = dict.fromkeys(sorted(members), inf)
-        for slot in slots:
-            fill = getattr(self, slot)
-            texts[slot], found = fill(list(scores))
-            scores = {i: min(score, found.get(i, -inf)) for i, score in scores.items()}
-
+        texts, scores = self.fill(slots, members)
         target_is_clear = scores.pop(self.target) > MARGIN
         others_are_out = all(score < -MARGIN for score in scores.values())
         if target_is_clear and others_are_out:
-            return template.format(**texts)
+            return template.format(x=x, **texts)
         return None
+
+    def fill(self, slots, members) -> tuple[dict, dict[int, float]]:
+        """The text of each slot, and the scores of the members: of each the smallest."""
+        texts = {}
+        scores = dict.fromkeys(sorted(members), inf)
+        for slot in slots:
+            texts[slot], found = getattr(self, slot)(list(scores))
+            scores = {i: min(score, found.get(i, -inf)) for i, score in scores.items()}
+        return texts, scores
+
+    def several(self) -> tuple[tuple[int, ...], str | None]:
+        """(targets, a sentence that fits them all and nothing else); None if it is not clear.
+
+        The speaker's target is one of them. Half of the sentences say no more than they must.
+        """
+        template = self.pick(SEVERAL_FORMS)
+        slots = [slot for slot in SLOTS if "{" + slot in template]
+        names = [name for name in self.names[self.target] if _has_plural(name[0])]
+        x, members = self.shorter(names)
+        texts, scores = self.fill(slots, members)
+
+        targets = tuple(i for i, score in scores.items() if score > MARGIN)
+        is_clear = all(abs(score) > MARGIN for score in scores.values())
+        says_too_much = slots and len(targets) == len(members) and self.rng.random() < 0.5
+        if not is_clear or says_too_much or self.target not in targets:
+            return targets, None
+        if len(targets) not in NUMBER_WORDS:
+            return targets, None
+        number = NUMBER_WORDS[len(targets)]
+        return targets, template.format(x=x, xs=_plural(x), number=number, **texts)
+
+    def none(self) -> tuple[tuple[int, ...], str | None]:
+        """((), a sentence that fits nothing, though all its words fit something); None if it may.
+
+        Without slots it mixes the looks of two things. With slots it says of others what is true of
+        the speaker's target: where it lies.
+        """
+        template = self.pick(NONE_FORMS)
+        slots = [slot for slot in SLOTS if "{" + slot in template]
+        names = self.absent_names()
+        if slots:
+            named = [name for names_of_one in self.names for name in names_of_one]
+            names = [name for name in named if self.target not in name[1]]
+        if "{xs}" in template:
+            names = [name for name in names if _has_plural(name[0])]
+        if not names:
+            return (), None
+        x, members = self.shorter(names)
+        texts, scores = self.fill(slots, members)
+        relation = texts.get("rel", "")
+        if relation.startswith(RELATIONS["near"]) or relation.endswith(" the "):
+            return (), None  # something is always closest; there is no landmark
+        if slots and max(scores.values()) == -inf:
+            return (), None  # X is the landmark alone
+        if any(score >= -MARGIN for score in scores.values()):
+            return (), None
+        return (), template.format(x=x, xs=_plural(x), **texts)
+
+    def absent_names(self) -> list[tuple[str, frozenset]]:
+        """X of a colour or a size, and a shape or a digit, that are there but in no one thing."""
+        names = []
+        for first in self.things:
+            for second in self.things:
+                nouns = {"shape": second.shape}
+                if second.digit is not None:
+                    nouns["digit"] = f"number {second.digit}"
+                for attribute, noun in nouns.items():
+                    value = getattr(second, attribute)
+                    alike = [thing for thing in self.things if getattr(thing, attribute) == value]
+                    if all(thing.colour != first.colour for thing in alike):
+                        names.append((f"{first.colour} {noun}", frozenset()))
+                    if all(thing.size != first.size for thing in alike):
+                        words = SIZE_WORDS[first.size]
+                        names += [(f"{word} {noun}", frozenset()) for word in words]
+        return names
 
     def at(self, members):
         """PLACE X, X on/at/in PLACE: both ways to say the place."""
@@ -531,6 +666,15 @@ class _Speaker:
         return color, {i: -inf if self.things[i].colour == color else inf for i in members}
 
 
+def _has_plural(x) -> bool:
+    """Not of digits, nor of the bare "one"."""
+    return x != "one" and not x[-1].isdigit()
+
+
+def _plural(x) -> str:
+    return x + ("es" if x.endswith("s") else "s")
+
+
 def _has_length(text, flavour) -> bool:
     return flavour != "scenes-g" or 8 <= len(text.split()) <= 16
 
@@ -569,25 +713,28 @@ def _rank_scores(keys, rank) -> dict[int, float]:
 
 
 # ----------------------------------------------------------------------------------------- painting
-def paint(things, target, rng, side=WORLD) -> dict:
+def paint(things, targets, rng, side=WORLD) -> dict:
     """Paint things in their order → {image, mask, occlusion}.
 
-    image: uint8 (side, side, 3); mask: bool (side, side), a pixel belongs to it if half of it shows
-    the target; occlusion: the hidden share of the target.
+    targets: the index of one thing, or a tuple of any number of them. image: uint8 (side, side, 3);
+    mask: bool (side, side), a pixel belongs to it if half of it shows the targets; occlusion: the
+    hidden share of the targets.
     """
+    if not isinstance(targets, tuple):
+        targets = (targets,)
     image = _background(rng, side)  # (3, side, side)
-    shown = np.zeros((side, side), np.float32)  # how much of each pixel shows the target
-    area = 1
+    shown = np.zeros((side, side), np.float32)  # how much of each pixel shows the targets
+    whole = np.zeros((side, side), np.float32)  # the same without the things that hide them
     for i, thing in enumerate(things):
         rows, columns, cover = _cover(thing, side)
         color = np.float32(COLORS[thing.colour]) + np.float32(rng.uniform(-12, 12, 3))
         patch = image[:, rows, columns]
         patch += cover * (color[:, None, None] - patch)
-        if i == target:
-            shown[rows, columns] = cover
-            area = (cover >= 0.5).sum()
-        else:
-            shown[rows, columns] *= 1 - cover
+        shown[rows, columns] *= 1 - cover
+        if i in targets:
+            shown[rows, columns] += cover
+            whole[rows, columns] *= 1 - cover
+            whole[rows, columns] += cover
     # grain
     down, right = rng.integers(64, size=2)
     strength = np.float32(rng.uniform(3, 10))
@@ -595,10 +742,11 @@ def paint(things, target, rng, side=WORLD) -> dict:
 
     image = np.clip(image, 0, 255, out=image).astype(np.uint8).transpose(1, 2, 0)
     mask = shown >= 0.5
+    area = (whole >= 0.5).sum()
     return {
         "image": np.ascontiguousarray(image),
         "mask": mask,
-        "occlusion": float(1 - mask.sum() / area),
+        "occlusion": float(1 - mask.sum() / area) if area else 0.0,
     }
 
 

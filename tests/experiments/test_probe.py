@@ -12,6 +12,7 @@ from clip_model import load_clip
 from data import Sample
 from experiments import probe
 from experiments.probe import linear_probe, measure, set_strength, tapped
+from toy.scenes import draw_scene
 from train import arguments
 from utils.common import UserError
 from utils.tokenizer import tokenize
@@ -234,3 +235,14 @@ def test_a_model_without_a_bridger_is_one_line():
     model = build_model("tiny", tuning="frozen", weights="random", size=64)
     with pytest.raises(UserError, match="without a Bridger"):
         measure(model, Squares(), progress=False)
+
+
+def test_a_scene_of_several_or_no_targets_has_another_sentence():
+    """It is about a thing that is no target; where all things are, there is none to speak of."""
+    for i in range(20):
+        scene = draw_scene("scenes-any", "val", i)
+        sentence = probe.sentence_about_another(scene)
+        if len(scene.targets) == len(scene.things):
+            assert sentence is None
+        elif sentence:
+            assert sentence not in scene.sentences

@@ -91,6 +91,7 @@ def server(monkeypatch):
     monkeypatch.setattr(prepare, "ANNOTATION_BYTES", 1000)
     monkeypatch.setattr(prepare, "TRAIN2014_IMAGES", 12)
     monkeypatch.setitem(prepare.PUBLISHED, "refcoco", PUBLISHED)
+    monkeypatch.setitem(prepare.IMAGES_IN_ALL, "grefcoco", 12)
     members = {f"train2014/{name}": content for name, content in IMAGES.items()}
     files = {f"/i/{name}": content for name, content in members.items()}
     files["/a/refcoco.zip"] = zipped(annotation_files())
@@ -361,6 +362,48 @@ def test_two_splittings_share_one_folder(server, tmp_path, monkeypatch):
     server.requests.clear()
     run(server, tmp_path, name="refcocog-google")
     assert server.requests == []
+
+
+def grefcoco_files():
+    """The annotations as gRefCOCO's: ref 1 names two objects, ref 2 none, the others one."""
+    files = annotation_files("grefcoco")
+    refs = pickle.loads(files.pop("grefcoco/refs(unc).p"))
+    for ref in refs:
+        ref["ann_id"] = [ref["ann_id"]]
+    refs[0]["ann_id"] = [1, 2]
+    refs[1]["ann_id"] = [-1]
+    return files | {"grefcoco/grefs(unc).json": json.dumps(refs).encode()}
+
+
+def test_grefcocos_annotations_come_by_browser_and_the_line_says_so(server, tmp_path, capsys):
+    """No archive of it can be fetched by a program: one line, and nothing but an empty folder."""
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(["grefcoco", "--data", str(tmp_path)])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1
+    assert "github.com/henghuiding/gRefCOCO" in lines[0] and str(tmp_path / "grefcoco") in lines[0]
+    assert tree(tmp_path) == set()
+
+
+def test_grefcocos_counts_are_printed_and_its_images_fetched(server, tmp_path, capsys):
+    """Files put there by hand, of any size: 2 sentences name two objects, 2 none."""
+    for name, content in grefcoco_files().items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    run(server, tmp_path, name="grefcoco")
+    said = capsys.readouterr().out
+    assert "grefcoco train: 8 refs, 16 sentences, 8 images" in said
+    assert "grefcoco train: 2 sentences name several objects, 2 none" in said
+    assert "grefcoco val: 0 sentences name several objects, 0 none" in said
+    assert {path for path, _ in server.requests} == {f"/i/train2014/{name}" for name in IMAGES}
+
+
+def test_grefcoco_can_be_had_from_an_address_of_ones_own(server, tmp_path):
+    """--annotations-url names a place that has grefcoco.zip."""
+    server.files["/a/grefcoco.zip"] = zipped(grefcoco_files())
+    run(server, tmp_path, name="grefcoco")
+    files = {"grefcoco/grefs(unc).json", "grefcoco/instances.json", "missing.txt"}
+    assert files <= tree(tmp_path)
 
 
 def test_too_little_disk_is_said_before_anything_is_fetched(server, tmp_path, capsys, monkeypatch):

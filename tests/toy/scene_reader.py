@@ -8,6 +8,7 @@ from math import hypot, inf
 COLORS = {"red", "green", "blue", "yellow", "orange", "purple", "white", "black"}
 SHAPES = {"circle", "ring", "square", "diamond", "triangle", "cross", "star", "heart"}
 SIZES = {"small": "small", "big": "large", "large": "large"}
+NUMBERS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
 RANKS = {"second": 2, "third": 3, "fourth": 4}
 SIDES = {
     "left": lambda t: 80 - t["x"],
@@ -29,8 +30,10 @@ def read(sentence, things, threshold):
     """The indices of all things whose score exceeds the threshold.
 
     things: dicts with shape, colour, size, x, y, r, digit.
-    ValueError where a word has no meaning here, or a landmark fits none or several things.
+    ValueError where a word has no meaning here, a landmark fits none or several things, or a number
+    says how many things fit and others do.
     """
+    sentence, number = singular(sentence)
     text = re.sub(r" (that can be seen in|of) this picture$", "", sentence)
     text = re.sub(r"^the (only )?", "", text).replace("counting from", "from")
     text = re.sub(r" that (is located|can be seen|is(?! not)) ", " that ", text)
@@ -41,7 +44,20 @@ def read(sentence, things, threshold):
     for clause in first + clauses:
         found = judge(clause, members, things)
         scores = {i: min(score, found.get(i, -inf)) for i, score in scores.items()}
-    return {i for i, score in scores.items() if score > threshold}
+    found = {i for i, score in scores.items() if score > threshold}
+    if number not in (None, len(found)):
+        raise ValueError(f"{len(found)} things fit, not {number}")
+    return found
+
+
+def singular(sentence):
+    """(the sentence said of one thing, how many things it says that there are or None)."""
+    start = re.match(r"(?:all the|all|every|the (two|three|four|five|six)) ", sentence)
+    if not start:
+        return sentence, None
+    text = sentence[start.end() :].replace("crosses", "cross").replace(" that are ", " that is ")
+    text = re.sub(rf"\b({'|'.join(SHAPES)}|thing|one|number)s\b", r"\1", text)
+    return text, NUMBERS.get(start[1])
 
 
 def split_phrase(text):

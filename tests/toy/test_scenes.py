@@ -2,6 +2,7 @@
 looking.
 """
 
+import hashlib
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise, product
@@ -24,8 +25,14 @@ PLACE_WORDS |= {"from", "above", "below", "over", "under", "closest", "nearest"}
 
 @pytest.fixture(scope="module")
 def plans():
-    """5,010 plans, all flavours and splits alike: (flavour, split, plan)."""
+    """10,020 plans, all flavours and splits alike: (flavour, split, plan)."""
     return [(f, s, plan_scene(f, s, i)) for f, s in EVERYWHERE for i in range(334)]
+
+
+@pytest.fixture(scope="module")
+def single(plans):
+    """Those of flavours whose sentences fit exactly one thing."""
+    return [(f, s, plan) for f, s, plan in plans if f != "scenes-any"]
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +95,16 @@ ROW = [
         ("circle with the same size as the star", {0}),
         ("thing with the same colour as the star", {4}),
         ("the red circle that is right of the blue circle and under the 7", {2}),
+        ("all circles", {0, 1, 2}),
+        ("the two red circles", {0, 2}),
+        ("every small thing", {0, 3, 4}),
+        ("all green ones that are not green", set()),
+        ("all things that are not red", {1, 3, 4}),
+        ("all the circles right of the blue one", {2}),
+        ("the two things in the top right corner", {3, 4}),
+        ("all numbers", {4}),
+        ("the red star", set()),
+        ("all crosses at the bottom", set()),
     ],
 )
 def test_the_reader_understands(sentence, means):
@@ -96,29 +113,81 @@ def test_the_reader_understands(sentence, means):
 
 
 def test_the_reader_refuses_what_has_no_meaning():
-    """Unknown words and landmarks that fit two things are errors, not guesses."""
-    for sentence in ("flurb", "circle beside the star", "star above the circle"):
+    """Unknown words, landmarks that fit two things, two of three: errors, not guesses."""
+    wrong = (
+        "flurb",
+        "circle beside the star",
+        "star above the circle",
+        "the two circles",
+        "circles",
+    )
+    for sentence in wrong:
         with pytest.raises(ValueError):
             read(sentence, facts(ROW), -MARGIN)
 
 
-def test_every_sentence_fits_its_target_clearly_and_nothing_else_even_barely(plans):
-    """5,010 scenes: the reader, knowing only words and things, returns exactly the target with
-    either threshold.
+def test_every_sentence_fits_its_targets_clearly_and_nothing_else_even_barely(plans):
+    """10,020 scenes: the reader, knowing only words and things, returns exactly the targets with
+    either threshold: one thing, and in scenes-any several or none as well.
     """
     for flavour, split, plan in plans:
         for sentence, threshold in product(plan.sentences, (-MARGIN, MARGIN)):
             found = read(sentence, facts(plan.things), threshold)
-            assert found == {plan.target}, (
+            assert found == set(plan.targets), (
                 f"{flavour} {split}: '{sentence}' → {found} with threshold {threshold}"
             )
 
 
-def test_a_second_thing_like_the_target_makes_any_sentence_ambiguous(plans):
+def test_scenes_any_names_one_thing_several_or_none(plans):
+    """Of 1,670 scenes some 40, 40 and 20 %; all other flavours name one. Sentences that fit several
+    or none have that kind; the others are of `scenes`.
+    """
+    mine = [plan for f, _, plan in plans if f == "scenes-any"]
+    counts = Counter(min(2, len(plan.targets)) for plan in mine)
+    shares = [counts[number] / len(mine) for number in (0, 1, 2)]
+    assert shares[0] >= 0.15 and shares[1] >= 0.3 and shares[2] >= 0.3, shares
+    for plan in mine:
+        kind = {0: "none", 1: None}.get(len(plan.targets), "several")
+        assert kind is None or set(plan.kinds) == {kind}
+        assert list(plan.targets) == sorted(set(plan.targets))
+    assert all(len(plan.targets) == 1 for f, _, plan in plans if f != "scenes-any")
+    beginnings = Counter(sentence.split()[0] for plan in mine for sentence in plan.sentences)
+    assert min(beginnings[word] for word in ("all", "every", "the")) >= 50
+
+
+def test_what_fits_nothing_is_made_of_words_that_fit_something(plans):
+    """Each word of shape or colour is that of a thing in the scene: nobody is right by missing a
+    word. So the answer hangs on how they go together, or on the place.
+    """
+    for flavour, _, plan in plans:
+        if flavour != "scenes-any" or plan.targets:
+            continue
+        there = {word for t in plan.things for word in (t.shape, t.colour, str(t.digit))}
+        for sentence in plan.sentences:
+            words = sentence.replace("crosses", "cross").split()
+            named = {word.removesuffix("s") if word != "cross" else word for word in words}
+            looks = named & {*scenes.SHAPES, *scenes.COLORS, *map(str, range(10))}
+            assert looks <= there, sentence
+
+
+def test_several_targets_are_one_mask_and_none_an_empty_one():
+    """Painted one by one, the visible parts of the targets add up to the mask, up to edges that two
+    of them share; `occlusion` is within 0 and 1.
+    """
+    for i in range(60):
+        scene = draw_scene("scenes-any", "val", i)
+        parts = [painted(scene.things, target)["mask"] for target in scene.targets]
+        union = np.any(parts, axis=0) if parts else np.zeros_like(scene.mask)
+        assert np.all(scene.mask[union]) and (scene.mask ^ union).sum() <= 40
+        assert 0 <= scene.occlusion <= 0.4
+        assert scene.targets or not scene.mask.any()
+
+
+def test_a_second_thing_like_the_target_makes_any_sentence_ambiguous(single):
     """100 scenes with the target drawn again 2 pixels beside itself: two things fit, or the rank
     is not clear.
     """
-    for _, _, plan in plans[::50][:100]:
+    for _, _, plan in single[::50][:100]:
         t = plan.things[plan.target]
         twice = (*plan.things, replace(t, x=t.x + 2, y=t.y + 2))
         assert all(len(fitting(sentence, twice)) != 1 for sentence in plan.sentences), (
@@ -126,7 +195,7 @@ def test_a_second_thing_like_the_target_makes_any_sentence_ambiguous(plans):
         )
 
 
-def test_a_sentence_without_its_distinguishing_words_is_ambiguous(plans):
+def test_a_sentence_without_its_distinguishing_words_is_ambiguous(single):
     """100 scenes where the target shares its look with another: the bare "colour shape" fits at
     least two things.
     """
@@ -136,7 +205,7 @@ def test_a_sentence_without_its_distinguishing_words_is_ambiguous(plans):
 
     shared = [
         plan
-        for _, _, plan in plans
+        for _, _, plan in single
         if sum(look(t) == look(plan.things[plan.target]) for t in plan.things) > 1
     ]
     assert len(shared) >= 100
@@ -166,6 +235,32 @@ def test_a_scene_of_today_is_a_scene_of_tomorrow():
     assert [(t.shape, t.colour) for t in plan.things][plan.target] == ("cross", "red")
 
 
+@pytest.mark.parametrize(
+    ("flavour", "expected"),
+    [
+        ("scenes", "6ba45e9a8152"),
+        ("scenes+", "5c51c69dab4a"),
+        ("scenes-g", "ef840e9d79d6"),
+        ("scenes-where", "4313377fb74d"),
+        ("scenes-crowd", "da39897d7c77"),
+        ("scenes-any", "2e120cebc66e"),
+    ],
+)
+def test_a_new_flavour_leaves_the_others_as_they_were(flavour, expected):
+    """Targets, sentences and things of five scenes of each split; the first five flavours as they
+    were before scenes-any.
+    """
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for i in range(5):
+            plan = plan_scene(flavour, split, i)
+            digest.update(f"{plan.targets} {plan.sentences} {plan.kinds}".encode())
+            for t in plan.things:
+                where = f"{float(t.x)} {float(t.y)} {float(t.r)}"
+                digest.update(f"{t.shape} {t.colour} {where}".encode())
+    assert digest.hexdigest()[:12] == expected
+
+
 def test_no_scene_is_in_two_splits(plans):
     """Also not in two flavours, and not twice in one split."""
     assert len({plan.things for _, _, plan in plans}) == len(plans)
@@ -175,7 +270,7 @@ def test_the_mask_is_where_the_target_shows():
     """Painted again with the target in another colour, exactly the mask's pixels change by at
     least half of that.
     """
-    for flavour, i in product(FLAVOURS, range(30)):
+    for flavour, i in product([f for f in FLAVOURS if f != "scenes-any"], range(30)):
         scene = draw_scene(flavour, "test-crowd", i)
         t = scene.things[scene.target]
         changed = "black" if t.colour == "yellow" else "yellow"
@@ -202,16 +297,18 @@ def test_scenes_are_as_hard_as_promised(plans):
     target in test-numbers;
     all inside the image, and at most one of the others overlaps the target."""
     for flavour, split, plan in plans:
-        target = plan.things[plan.target]
-        others = [t for i, t in enumerate(plan.things) if i != plan.target]
+        targets = [plan.things[i] for i in plan.targets]
         is_crowd = flavour == "scenes-crowd" or split == "test-crowd"
         assert 9 <= len(plan.things) <= 15 if is_crowd else 3 <= len(plan.things) <= 8
         if flavour == "scenes-crowd":
             assert len({t.shape for t in plan.things}) <= 2
-        assert any(t.shape == target.shape or t.colour == target.colour for t in others)
-        assert split != "test-numbers" or target.digit is not None
+        assert split != "test-numbers" or not targets or any(t.digit is not None for t in targets)
         assert all(t.r <= min(t.x, t.y) and max(t.x, t.y) <= 160 - t.r for t in plan.things)
-        assert sum(hypot(t.x - target.x, t.y - target.y) < t.r + target.r for t in others) <= 1
+        if len(targets) == 1:
+            target = targets[0]
+            others = [t for t in plan.things if t is not target]
+            assert any(t.shape == target.shape or t.colour == target.colour for t in others)
+            assert sum(hypot(t.x - target.x, t.y - target.y) < t.r + target.r for t in others) <= 1
 
 
 def test_targets_are_small_but_not_microscopic(drawn):
@@ -234,9 +331,12 @@ def test_one_to_four_different_sentences_of_mixed_kinds(plans):
             wanted -= {"place", "order"}
         if flavour == "scenes-where":
             wanted = {"order", "relation"}
-        assert set(share) == wanted and min(share.values()) > 0.03, share
+        if flavour == "scenes-any":
+            wanted |= {"several", "none"}
+        least = 0.015 if flavour == "scenes-any" else 0.03
+        assert set(share) == wanted and min(share.values()) > least, share
         assert (
-            flavour in ("scenes+", "scenes-where")
+            flavour in ("scenes+", "scenes-where", "scenes-any")
             or share["place"] + share["order"] + share["relation"] >= 0.5
         )
     for _, _, plan in plans:
