@@ -182,8 +182,9 @@ def select_split(name, split, samples, limit, side) -> list[Sample] | Scenes:
     if unknown:  # said now, not after an hour of training
         more = f"{min(unknown)} is missing, and {len(unknown) - 1:,} more images"
         raise UserError(f"{more}: get them with `python prepare.py {name} --data DIR`")
-    lost = f"the refs of {len(absent):,} images that prepare.py could not get"
-    print(f"{name} {split}: leaving out {lost}")
+    print(f"{name} {split}: leaving out {len(absent):,} images that prepare.py could not get")
+    if len(absent) == len({sample.image for sample in samples}):
+        raise UserError(f"{name} {split}: none of the {len(samples):,} refs has its image")
     return [sample for sample in samples if sample.image not in absent]
 
 
@@ -402,9 +403,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     dataset = open_dataset(args.dataset, args.split, args.data)
-    rng = np.random.default_rng(args.seed)
-    chosen = sorted(rng.permutation(len(dataset))[: args.number].tolist())
-    contact_sheet([dataset[i] for i in chosen], args.out)
+    chosen = np.random.default_rng(args.seed).permutation(len(dataset))[: args.number]
+    contact_sheet([dataset[i] for i in sorted(chosen.tolist())], args.out)
     print(f"{dataset.name} {dataset.split} {dataset.counts()}; {len(chosen)} are in {args.out}")
 
 

@@ -200,7 +200,9 @@ def test_an_image_that_prepare_noted_as_missing_is_left_out_and_said(refer_tree,
     (refer_tree / "missing.txt").write_text("COCO_train2014_000000000000.jpg\tHTTP 404\n")
     dataset = open_dataset("refcoco", "train", refer_tree)
     assert [sample.ref_id for sample in dataset.samples] == [11]
-    assert "leaving out the refs of 1 images" in capsys.readouterr().out
+    assert "leaving out 1 images" in capsys.readouterr().out
+    with pytest.raises(UserError, match="none of the 1 refs has its image"):
+        open_dataset("refcoco", "train", refer_tree, limit=1)
 
 
 def test_an_empty_split_says_which_splits_there_are(refer_tree):
