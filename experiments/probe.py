@@ -27,7 +27,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -532,6 +531,8 @@ def drop_cell(row) -> str:
 
 def draw(rows, path):
     """Three panels: what each row loses, the curve over strengths, the probe with and without."""
+    from matplotlib.figure import Figure
+
     figure = Figure((12, 3.8), layout="constrained")
     drops, curve, probe = figure.subplots(1, 3)
     named = [row for row in rows if "drop" in row and not row["row"].startswith("strength")]
@@ -568,6 +569,8 @@ def draw(rows, path):
 
 def draw_heat_maps(examples, dataset, path):
     """Each example's image, then what the probe sees after each stage, without and with bridges."""
+    from matplotlib.figure import Figure
+
     names = list(dict.fromkeys(name for name, _ in examples[0][1]))
     columns = 1 + 2 * len(names)
     figure = Figure((1.5 * columns, 1.7 * len(examples)), layout="constrained")
