@@ -53,13 +53,16 @@ def peak():
 
 
 def test_a_large_photograph_is_drawn_at_the_figures_size(tmp_path, peak):
-    """In floats it would take 288 MB, and matplotlib's copies some gigabytes."""
+    """In floats it would take 288 MB, and matplotlib's copies some gigabytes.
+
+    Drawing at the figure's size takes 120 MB, matplotlib's own tables 20 more at the first time.
+    """
     sample = large_sample()
     before = peak()
     drawn = np.asarray(Image.open(io.BytesIO(overlay(sample.image, [sample.mask], ["x"]))))
     contact_sheet([sample], tmp_path / "sheet.png")
     draw_pairs([sample], [sample.mask], tmp_path / "pairs.png")
-    assert peak() - before < 100e6
+    assert peak() - before < 200e6
     assert max(drawn.shape) < 1100
     y = drawn.shape[0] // 4
     x = drawn.shape[1]
