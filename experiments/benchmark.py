@@ -57,13 +57,13 @@ def make_ladder(model, device, compiled=False) -> dict[str, StepOptions]:
 
 
 class Bench:
-    """A model, its optimizer and a random batch."""
+    """A model, its optimizer and a random batch. options: of build_model."""
 
-    def __init__(self, args, device, batch_size):
+    def __init__(self, args, device, batch_size, **options):
         self.args = args
         self.device = device
         self.batch_size = batch_size
-        self.model = train.make_model(args, device)
+        self.model = train.make_model(args, device, **options)
         self.compiled = torch.compile(self.model)
         self.options = None
         parameters = self.model.parameters()

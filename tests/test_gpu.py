@@ -29,6 +29,7 @@ from conftest import record, write_folder
 from data import TrainDataset, epoch_batches, open_dataset, to_device, train_loader
 from etris import text_to_pixel_loss
 from evaluate import EvalDataset, evaluate, predict_probabilities
+from experiments.costs import fake, move_to_fakes
 from fast import recompute_decoder, set_fast
 from methods.peft import METHODS
 from test_train import FAST, run, same, step_of
@@ -100,27 +101,12 @@ def fake_cuda(monkeypatch):
         yield
 
 
-def fake(x, device="cuda"):
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
-
-
-def move_to_fakes(model, device="cuda"):
-    for module in model.modules():
-        for name, x in module._parameters.items():
-            if x is not None:
-                moved = torch.nn.Parameter(fake(x, device), requires_grad=x.requires_grad)
-                module._parameters[name] = moved
-        for name, x in module._buffers.items():
-            if x is not None:
-                module._buffers[name] = fake(x, device)
-
-
 def forward_on_fake_cuda(request, model, predict=False):
     """Logits, loss and, if wanted, probabilities under CUDA's autocast."""
     batch = batch_of(model)
     request.getfixturevalue("fake_cuda")
-    move_to_fakes(model)
-    batch = {name: fake(x) for name, x in batch.items()}
+    move_to_fakes(model, "cuda")
+    batch = {name: fake(x, "cuda") for name, x in batch.items()}
     with torch.autocast("cuda", torch.bfloat16):
         logits = model(batch["image"], batch["tokens"])
         loss = text_to_pixel_loss(logits, batch["mask"]) + model.auxiliary_loss()

@@ -19,106 +19,30 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
 from pathlib import Path
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 import torch._dynamo.testing  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 
-from clip_model import CLIP, CLIP_CONFIGS, MultiHeadAttention  # noqa: E402
+from clip_model import CLIP, CLIP_CONFIGS  # noqa: E402
 from conftest import record, write_folder  # noqa: E402
 from data import epoch_batches  # noqa: E402
-from etris import build_etris, text_to_pixel_loss  # noqa: E402
-from fast import recompute_decoder, set_fast  # noqa: E402
-from test_gpu import SYSTEMS, batch_of, fast_model, loss_of, move_to_fakes  # noqa: E402
+from etris import build_etris  # noqa: E402
+from experiments.costs import GIB, LiveStorages, fake_step  # noqa: E402
+from fast import recompute_decoder  # noqa: E402
+from test_gpu import SYSTEMS, batch_of, fast_model, loss_of  # noqa: E402
 from utils.common import git_commit  # noqa: E402
-
-GIB = 2**30
-BATCH_SIZE = 32
-LAYER_NORM = F.layer_norm
-SOFTMAX = torch.Tensor.softmax
 
 
 # ------------------------------------------------------------------------------------------- memory
-class LiveStorages(TorchDispatchMode):
-    """Adds up the storages that are alive, and keeps the largest sum."""
-
-    def __init__(self):
-        super().__init__()
-        self.sizes = {}
-        self.total = 0
-        self.peak = 0
-
-    def add(self, x):
-        storage = x.untyped_storage()
-        if storage._cdata in self.sizes:
-            return
-        self.sizes[storage._cdata] = storage.nbytes()
-        self.total += storage.nbytes()
-        self.peak = max(self.peak, self.total)
-        weakref.finalize(storage, self.drop, storage._cdata)
-
-    def drop(self, key):
-        self.total -= self.sizes.pop(key)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.add(x)
-        return out
-
-
-def layer_norm_in_float32(x, *args, **more):
-    """What CUDA's autocast does, and the CPU's does not."""
-    return LAYER_NORM(x.float(), *args, **more)
-
-
-def softmax_in_float32(x, dim):
-    """The same."""
-    return SOFTMAX(x.float(), dim)
-
-
-def peak_memory(dtype=torch.bfloat16, fast=True, recompute=False, accumulate=1) -> float:
+def peak_memory(dtype=torch.bfloat16, **options) -> float:
     """GiB of one training step."""
     with torch.device("meta"):
         model = build_etris(CLIP(CLIP_CONFIGS["RN101"]).eval().requires_grad_(False))
-    for module in model.modules():
-        if isinstance(module, MultiHeadAttention):
-            module.dropout = 0.0  # a CPU's kernel with dropout stores what a GPU's does not
-    set_fast(model, fast).to(memory_format=torch.channels_last)
-    if recompute:
-        recompute_decoder(model)
-    with (
-        mock.patch.object(F, "layer_norm", layer_norm_in_float32),
-        mock.patch.object(torch.Tensor, "softmax", softmax_in_float32),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        LiveStorages() as live,
-    ):
-        move_to_fakes(model, "cpu")
-        learns = [p for p in model.parameters() if p.requires_grad]
-        moments = [torch.empty_like(p) for p in learns + learns]
-        images = torch.empty(BATCH_SIZE, 3, 416, 416)
-        images = images.contiguous(memory_format=torch.channels_last)
-        tokens = torch.zeros(BATCH_SIZE, 17, dtype=torch.long)
-        masks = torch.empty(BATCH_SIZE, 1, 416, 416)
-        for i in range(accumulate):
-            part = slice(i, None, accumulate)
-            with torch.autocast("cpu", dtype):
-                logits = model(images[part], tokens[part])
-                loss = text_to_pixel_loss(logits, masks[part])
-            loss.backward()
-            del logits, loss
-        assert len(moments) == 2 * len(learns)
-        return live.peak / GIB
+    return fake_step(model, LiveStorages(), dtype, **options).peak / GIB
 
 
 def memory() -> dict:
