@@ -33,6 +33,7 @@ from tqdm import tqdm
 from checkpoint import load_checkpoint
 from data import letterbox_mask, normalize, open_dataset
 from evaluate import THRESHOLD, EvalDataset, count_pixels, predict_masks, score, summarize, upload
+from experiments.cache import FrozenFeatureCache
 from fast import set_fast
 from toy.scenes import FLAVOURS, Scene, sentences_about
 from utils.common import (
@@ -224,7 +225,7 @@ def measure(model, dataset, device="cpu", *, limit=200, names=None, progress=Tru
 
     tables = {}
     model.eval()
-    with tapped(model) as taps, bar:
+    with tapped(model) as taps, FrozenFeatureCache().attached_to(model), bar:
         settings = stream_settings(taps)
         for chunk in chunks(upload(loader, device), OBJECTS_PER_BATCH):
             batch = [(item, k) for item in chunk for k in range(len(item["tokens"]))]
@@ -454,7 +455,7 @@ def linear_probe(model, train_set, test_set, device="cpu", *, limit=200, progres
     """
     device = torch.device(device)
     model.eval()
-    with tapped(model) as taps:
+    with tapped(model) as taps, FrozenFeatureCache().attached_to(model):
         probes = {}
         for item, features in all_features(model, taps, train_set, 2 * limit, device, progress):
             for key, x in features.items():

@@ -11,7 +11,8 @@ import torch
 import train
 from config import PRESETS
 from experiments import reproduce
-from experiments.reproduce import FrozenFeatureCache, choose_rows, main, make_run_args
+from experiments.cache import FrozenFeatureCache
+from experiments.reproduce import choose_rows, main, make_run_args
 from experiments.tables import TABLES, count_tuned, markdown, spread
 from toy import scenes
 from utils.common import seed_all
