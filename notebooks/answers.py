@@ -118,13 +118,14 @@ CLIP = {
             (randn(4, 2, 5), 7 * randn(4, seed=2)),
         ),
     ),
-    "01 positions": Exercise(
-        right=169,
+    "01 longer row": Exercise(
+        right=0,
         wrong=[
-            (13, "13 each way: that many rows, and as many columns"),
-            (170, "the mean token is left out: only pixel positions are compared"),
+            (8, "padding stands after every one of them, and who sees what stands after it?"),
+            (1, "the end mark sees what stands before it, and padding does not"),
+            (5, "that is how many zeros are added; ask who can see them"),
         ],
-        hint="divide the side by the stride, then count the squares of that grid",
+        hint="padding comes after the end mark; 1.3: which words does a word see?",
     ),
 }
 
@@ -403,6 +404,10 @@ def loss_of_the_object(z, mask):
     return -(mask * z.sigmoid().log()).mean()
 
 
+def loss_of_hard_targets(z, mask):
+    return F.binary_cross_entropy_with_logits(z, (mask > 0.5).float())
+
+
 DECODER = {
     "03 never learn": Exercise(
         right=394_752,
@@ -421,24 +426,27 @@ DECODER = {
         hint="two linear layers, one after the other, each with its bias",
         on=(gate_arguments(3), gate_arguments(6)),
     ),
-    "03 kernel count": Exercise(
-        right=2305,
+    "03 same sentence feature": Exercise(
+        right={"words"},
         wrong=[
-            (2304, "the last number written is the bias"),
-            (4609, "512 is the decoder's width, the projector halves it"),
+            ({"words", "kernel"}, "the kernel is written by the sentence's feature alone"),
+            ({"words", "gates"}, "the gates' factors are written by the sentence's feature alone"),
+            ({"kernel"}, "what writes the kernel is the same for both"),
         ],
-        hint="kernel cells times channels, and one more for what is added at the end",
+        hint="for each way: does its module read the sentence's feature, or the words?",
     ),
     "03 loss": Exercise(
         right=image_loss,
         wrong=[
             (summed_loss, "equation 10 is the mean"),
             (loss_of_the_object, "the pixel positions beside the object count too"),
+            (loss_of_hard_targets, "a target between the two counts in both cases, with its share"),
         ],
-        hint="both cases of equation 11 in one line, then the mean over all positions",
+        hint="weigh the two cases of equation 11 by the target and by what it lacks to 1; the mean",
         on=(
             (randn(3, 3), (randn(3, 3, seed=1) > 0).float()),
             (3 * randn(2, 5), (randn(2, 5, seed=2) > 1).float()),
+            (randn(2, 4), randn(2, 4, seed=3).sigmoid()),
         ),
     ),
     "03 target": Exercise(

@@ -231,6 +231,28 @@ def images(images, titles, masks=None, columns=None, side=2.2):
     show(figure)
 
 
+def image_rows(rows, labels, titles, masks=None, side=1.7):
+    """Rows of images (H, W, 3), or of maps (H, W) on a scale of their own, each row with its label.
+
+    titles: above the first row. masks: one for each row, outlined on every image of that row.
+    """
+    size = (side * len(titles) + 0.3, side * len(rows) + 0.3)
+    figure, axes = plt.subplots(
+        len(rows), len(titles), figsize=size, squeeze=False, layout="constrained"
+    )
+    masks = masks or [None] * len(rows)
+    for row, name, line, mask in zip(axes, labels, rows, masks, strict=True):
+        for axis, one in zip(row, line, strict=True):
+            axis.imshow(one)
+            axis.set(xticks=[], yticks=[])
+            if mask is not None:
+                outline(axis, mask)
+        row[0].set_ylabel(name)
+    for axis, text in zip(axes[0], titles, strict=True):
+        title(axis, text, int(12 * side))
+    show(figure)
+
+
 def maps(
     maps,
     titles,
