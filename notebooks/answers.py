@@ -528,6 +528,23 @@ FIGURE_3 = {
             (np.array([5.0, 7, 30]), np.array([9.0, 0, 10])),
         ),
     ),
+    "04 direction": Exercise(
+        right="image to text",
+        wrong=[
+            ("both", "another sentence's Δv does as well: what it carries of its own is not used"),
+            ("none", "one of the two swaps costs something"),
+            ("text to image", "which of the two streams is worse with another partner?"),
+        ],
+        hint="Δv goes into the image stream and could carry the sentence; Δt the other way round",
+    ),
+    "04 what is Δt": Exercise(
+        right="a text adapter",
+        wrong=[
+            ("useless", "cut away, it costs points"),
+            ("a message from the image", "then another image's would be the wrong message"),
+        ],
+        hint="it must be there, and the image it is computed with doesn't matter",
+    ),
     "04 last bridge": Exercise(
         right=0,
         wrong=[

@@ -356,6 +356,53 @@ def draw_tiles(axis, side, tiles_each_way):
     axis.grid(color="white")
 
 
+def stages(image, outlines, rows, titles):
+    """Rows of maps over one image: without the Bridger, sentence A, sentence B, and A less B.
+
+    rows: {label: (without, a, b)}, maps (h, w) on one scale a row; A less B has the same span.
+    outlines: the objects (H, W) that A and B name. titles: of the three maps.
+    """
+    size = (8.8, 1.72 * len(rows) + 0.4)
+    figure, grid_of_axes = plt.subplots(len(rows), 5, figsize=size, layout="constrained")
+    height, width = image.shape[:2]
+    extent = (0, width, height, 0)  # coarse maps lie over the image
+    shown = ("the image", *titles, "A less B")
+    for axis, text in zip(grid_of_axes[0], shown, strict=True):
+        title(axis, text, 22)
+    for axes, (label, maps) in zip(grid_of_axes, rows.items(), strict=True):
+        low = min(one.min() for one in maps)
+        high = max(one.max() for one in maps)
+        axes[0].imshow(image)
+        for axis, one in zip(axes[1:4], maps, strict=True):
+            drawn = axis.imshow(one, vmin=low, vmax=high, extent=extent)
+        _, a, b = maps
+        span = high - low
+        difference = axes[4].imshow(a - b, vmin=-span, vmax=span, extent=extent, cmap="PuOr_r")
+        figure.colorbar(drawn, ax=axes[3], shrink=0.85)
+        figure.colorbar(difference, ax=axes[4], shrink=0.85)
+        axes[0].set_ylabel(label)
+        for axis in axes:
+            axis.set(xticks=[], yticks=[])
+        for axis, mask in zip((axes[0], *axes[2:4]), (outlines[0], *outlines), strict=True):
+            outline(axis, mask)
+        outline(axes[4], outlines[0])
+    show(figure)
+
+
+def intervals(rows, label, reference=0.0, colors=None, height=0.32):
+    """A forest plot: {name: (mean, low, high)}, one line a row, and a line at the reference."""
+    figure, axis = plt.subplots(figsize=(6.4, height * len(rows) + 0.7), layout="constrained")
+    axis.axvline(reference, color="0.6", linewidth=1)
+    for y, (name, (mean, low, high)) in enumerate(rows.items()):
+        color = COLORS[0] if colors is None else colors[name]
+        axis.plot([low, high], [y, y], color=color)
+        axis.plot(mean, y, "o", color=color)
+    axis.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel=label)
+    axis.invert_yaxis()
+    axis.spines[["top", "right"]].set_visible(False)
+    show(figure)
+
+
 def pca_colors(features, count=None):
     """Feature maps (C, H, W) of one C → images (H, W, 3): their three main directions as colors.
 
