@@ -1,4 +1,4 @@
-"""The paper's claims, and what the runs in results/ say of each: held, not shown, contradicted.
+"""The paper's claims, and what the runs in results/ say of each.
 
     python -m experiments.claims             print the table
     python -m experiments.claims --write     renew it where README.md and docs/results.md mark it
@@ -12,9 +12,8 @@ less the frozen backbone). A difference has a mean and a 95 % interval: paired t
 
 Another seed gives another model. So what is measured on one model (tests/slow/shipped.py and
 experiments/probe.py), with an interval over scenes, is printed and decides nothing. The exception
-are claims that a model fails somewhere: the paper, too, shows cases of one model.
-
-Rows that `experiments.reproduce` adds to results/ appear here by themselves.
+are claims that a model fails somewhere: the paper, too, shows cases of one model. Rows that
+`experiments.reproduce` adds to results/ appear by themselves.
 """
 
 import json
@@ -33,20 +32,22 @@ END = "<!-- end of claims -->"
 # ------------------------------------------------------------------------------------- differences
 @dataclass(frozen=True)
 class Difference:
-    """A mean and its 95 % interval; paper: the same of the printed scores.
+    """A mean and its 95 % interval, None where not run; paper: the same of the printed scores.
 
     seeds: pairs of runs, each of so many steps; 0: one model, an interval over scenes.
     """
 
     name: str
-    mean: float
-    low: float | None
-    high: float | None
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
     seeds: int = 0
     steps: int = 0
     paper: float | None = None
 
     def __str__(self):
+        if self.mean is None:
+            return f"{self.name} not run yet"
         numbers = signed(self.mean)
         if self.low is not None:
             numbers += f" ({signed(self.low)} … {signed(self.high)})"
@@ -66,26 +67,19 @@ def read(name) -> dict | list:
 
 def less(tables, row, *others) -> list[Difference]:
     """mIoU of a row less each of the others, from the first of the tables that holds both."""
-    found = []
-    for other in others:
-        for table in tables.split():
-            runs = read(table).get("runs", [])
-            if {row, other} <= set(by_row(runs)):
-                steps = by_row(runs)[row][0]["steps"]
-                x = paired(runs, row, other)
-                paper = printed_difference(table, row, other)
-                name = f"{row} − {other}".replace("->", "→")
-                found.append(over_seeds(name, x, steps, paper))
-                break
-    return found
+    return [less_one(tables.split(), row, other) for other in others]
 
 
-def printed_difference(table, row, other) -> float | None:
-    """The same of the paper's scores; None where it prints none."""
-    printed = {row.name: row.printed for row in TABLES[table][1]}
-    if not printed[row] or not printed[other]:
-        return None
-    return printed[row][0] - printed[other][0]
+def less_one(tables, row, other) -> Difference:
+    name = f"{row} − {other}".replace("->", "→")
+    for table in tables:
+        runs = read(table).get("runs", [])
+        if {row, other} <= set(by_row(runs)):
+            printed = {row.name: row.printed for row in TABLES[table][1]}
+            both = printed[row] and printed[other]
+            paper = printed[row][0] - printed[other][0] if both else None
+            return over_seeds(name, paired(runs, row, other), runs[0]["steps"], paper)
+    return Difference(name)
 
 
 def over_seeds(name, x, steps, paper=None) -> Difference:
@@ -97,8 +91,7 @@ def gain_by_kind() -> list[Difference]:
     """What sentences of relation and order gain from the Bridger, less what attributes gain."""
     file = read("question")
     x = file.get("difference", {}).get("relation, order less attribute")
-    name = "gain of relation, order − gain of attribute"
-    return [over_seeds(name, x, file["runs"][0]["steps"])] if x else []
+    return [over_seeds("relation, order − attribute", x, file["runs"][0]["steps"])] if x else []
 
 
 def traffic() -> list[Difference]:
@@ -119,12 +112,12 @@ def of_shipped(group) -> list[Difference]:
 # ------------------------------------------------------------------------------------------ claims
 @dataclass(frozen=True)
 class Claim:
-    """source: where the paper makes it; file: in results/; notebook: "06, 6.5" or ""."""
+    """source: in the paper; files: in results/; notebook: "06, 6.5" or none."""
 
     text: str
     source: str
     differences: list
-    file: str
+    files: str
     notebook: str = ""
     one_model: list = ()
     one_decides: bool = False
@@ -153,21 +146,27 @@ class Claim:
         """The differences that were found; short: the least favorable one."""
         parts = []
         for found in (self.differences, self.one_model):
-            if not found or (short and parts):
+            done = [x for x in found if x.mean is not None]
+            if short and (parts or not done):
                 continue
-            shown = [min(found, key=lambda x: x.mean)] if short else found
-            parts.append(f"{'; '.join(map(str, shown))}: {basis(found)}")
-        return ". ".join(parts) or "not run yet"
+            shown = [min(done, key=unfavorable)] if short else found
+            parts.append("; ".join(map(str, shown)) + basis(done))
+        return ". ".join(part for part in parts if part) or "not run yet"
+
+
+def unfavorable(x):
+    """Sorts what contradicts the paper first, then by the mean."""
+    return x.high is None or x.high >= 0, x.mean
 
 
 def basis(differences) -> str:
-    """3 seeds, 600 steps; or: one model"""
+    """: 3 seeds, 600 steps; or: one model"""
     seeds = sorted({x.seeds for x in differences})
     steps = sorted({x.steps for x in differences})
-    if seeds == [0]:
-        return "one model"
+    if not any(seeds):
+        return ": one model" if seeds else ""
     words = [" or ".join(f"{x:,}" for x in numbers) for numbers in (seeds, steps)]
-    return f"{words[0]} seeds, {words[1]} steps"
+    return f": {words[0]} seeds, {words[1]} steps"
 
 
 def claims() -> list[Claim]:
@@ -185,11 +184,12 @@ def claims() -> list[Claim]:
     others = less("question table2", "ETRIS", *methods)
     added = less("table8", "Adapter + ETRIS", "ETRIS")
     added += less("table8", "Conv Adapter + ETRIS", "ETRIS")
+    lost = traffic()
     edges, digits, crowds = of_shipped("edges"), of_shipped("digits"), of_shipped("crowds")
     return [
         Claim("the Bridger helps", "table 2", helps, "question", "06, 6.5"),
-        Claim("relations and order gain most", "5.2", gain_by_kind(), "question", "06, 6.5"),
-        Claim("the encoders exchange information", "3.2", talks, "probe", "04, 4.6", traffic()),
+        Claim("relations and order gain most", "§ 5.2", gain_by_kind(), "question", "06, 6.5"),
+        Claim("encoders exchange information", "§ 3.2", talks, "question probe", "04, 4.6", lost),
         Claim("boundaries are sharper", "figure 3", [], "shipped", "04, 4.4", edges),
         Claim("HA matters most, then GA, then the Bridger", "table 6", order, "table6"),
         Claim("three bridges are best", "table 4", three, "table4"),
@@ -216,12 +216,12 @@ def table_of(found, short=False) -> str:
 
 def place(claim) -> str:
     """[notebook 06](…) 6.5, `results/question.json`"""
-    file = f"`results/{claim.file}.json`"
+    files = ", ".join(f"`results/{name}.json`" for name in claim.files.split())
     if not claim.notebook:
-        return file
+        return files
     number, section = claim.notebook.split(", ")
     [path] = (ROOT / "notebooks").glob(f"{number}_*.ipynb")
-    return f"[notebook {number}](../notebooks/{path.name}) {section}, {file}"
+    return f"[notebook {number}](../notebooks/{path.name}) {section}, {files}"
 
 
 def with_tables(text, found) -> str:
@@ -243,11 +243,7 @@ def main(argv=None):
     print(table_of(found))
     for name in PAGES if args.write else ():
         path = ROOT / name
-        text = path.read_text(encoding="utf-8")
-        renewed = with_tables(text, found)
-        if renewed != text:
-            write_file(path, renewed.encode())
-            print(f"renewed: {name}")
+        write_file(path, with_tables(path.read_text(encoding="utf-8"), found).encode())
 
 
 if __name__ == "__main__":

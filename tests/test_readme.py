@@ -14,7 +14,7 @@ import prepare
 import train
 from checkpoint import build_model
 from docs import draw_etris
-from experiments import benchmark, gpu_check, probe, reproduce
+from experiments import benchmark, claims, gpu_check, probe, reproduce
 from toy import pretrain
 from utils import report as bug_report
 from utils.common import ROOT, Parser
@@ -43,6 +43,7 @@ COMMANDS = {
     "data.py": data.main,
     "experiments.reproduce": reproduce.main,
     "experiments.benchmark": benchmark.main,
+    "experiments.claims": claims.main,
     "experiments.gpu_check": gpu_check.main,
     "experiments.probe": probe.main,
     "toy.pretrain": pretrain.main,

@@ -55,7 +55,7 @@ def jump_at_edge(feature, mask) -> float:
 
 
 def edge_ratios(model, scene) -> np.ndarray:
-    """For each of MAPS: the jump at the named object's edge, percent of the mean jump at others'."""
+    """For each of MAPS: the jump at the named object's edge, in percent of that at the others'."""
     square, _ = letterbox(scene.image, model.size)
     tokens = tokenize(scene.sentences[:1], model.max_tokens)
     seen = model.activations(normalize(square[None]), tokens)
