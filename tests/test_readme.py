@@ -221,9 +221,11 @@ def test_every_option_has_a_help_text(monkeypatch):
 
 # ----------------------------------------------------------------------------------------- drawing
 def test_the_drawing_is_what_its_script_draws():
-    assert draw_etris.SVG.read_text(encoding="utf-8") == draw_etris.draw()
+    for path, svg in draw_etris.files().items():
+        assert path.read_text(encoding="utf-8") == svg
     for part in draw_etris.PARTS:
-        assert "faded" in draw_etris.draw(part).split("</style>")[1]
+        drawn = draw_etris.draw(part).split("</style>")[1]
+        assert "faded" in drawn and "kept" in drawn
 
 
 @pytest.fixture(scope="module", params=["tiny", "RN101"])
