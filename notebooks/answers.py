@@ -389,6 +389,19 @@ def is_nearly_frozen(before, after):
     return all(torch.allclose(before[name], after[name], atol=1e-3) for name in before)
 
 
+def bridger_size(d):
+    """Numbers in RN101's Bridger of width d."""
+    return 2304 + 27_237 * d + 48 * d**2
+
+
+def bridger_size_in_proportion(d):
+    return round(1_942_080 * d / 64)
+
+
+def bridger_size_on_a_line(d):
+    return round(223_272 + (d - 8) * (1_942_080 - 223_272) / 56)
+
+
 BN = {"bn.weight": torch.ones(2), "bn.running_mean": torch.zeros(2)}
 BN_MOVED = {**BN, "bn.running_mean": torch.ones(2)}
 BN_NEARLY = {**BN, "bn.weight": torch.ones(2) + 1e-5}
@@ -404,6 +417,15 @@ TRAINED = {
             ),
         ],
         hint="learning / of all, in percent; both numbers stand in the last row",
+    ),
+    "05 bridger size": Exercise(
+        right=bridger_size,
+        wrong=[
+            (bridger_size_in_proportion, "twice the width is not twice the numbers"),
+            (bridger_size_on_a_line, "a line through two widths: attention grows with the square"),
+        ],
+        hint="a stands in the first row; attention divided by d² and the rest by d give c and b",
+        on=((8,), (64,), (256,)),
     ),
     "05 BatchNorm": Exercise(
         right={"running_mean", "running_var", "num_batches_tracked"},
@@ -427,6 +449,40 @@ TRAINED = {
         ],
         hint="compare the names first, then every tensor with `torch.equal`",
         on=((BN, dict(BN)), (BN, BN_MOVED), (BN, BN_NEARLY)),
+    ),
+    "05 kept": Exercise(
+        right=[{1, 2}, {2}, set()],
+        wrong=[
+            (
+                [{0}, {1}, {2}],
+                "the stage before the bridge is done when the bridge begins: which way does the "
+                "gradient travel?",
+            ),
+            (
+                [{0, 1, 2}, {1, 2}, {2}],
+                "below the first bridge nothing learns, so no gradient has to go there",
+            ),
+            (
+                [{0}, {0, 1}, {0, 1, 2}],
+                "the gradient comes from the loss: it needs what lies between loss and bridge",
+            ),
+        ],
+        hint="walk back from the loss to the bridge: through which stages do you come?",
+    ),
+    "05 first gradient": Exercise(
+        right={"up.weight", "up.bias"},
+        wrong=[
+            (
+                {"up.weight", "up.bias", "down.weight", "down.bias"},
+                "by the chain rule, one pair's gradient is multiplied with a matrix of zeros",
+            ),
+            (
+                {"down.weight", "down.bias"},
+                "does the loss change at all if these two change a little?",
+            ),
+            ({"up.bias"}, "what stands behind a matrix of zeros need not be zero itself"),
+        ],
+        hint="change one number of a tensor a little: does the output change?",
     ),
     "05 LoRA": Exercise(
         right=4096,
