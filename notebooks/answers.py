@@ -556,6 +556,15 @@ TRAINING = {
         ],
         hint="twice the standard error has to be smaller than 0.59: solve for n, round up",
     ),
+    "06 best of five": Exercise(
+        right=0.58,
+        wrong=[
+            (0.0, "the mean of five runs is not shifted; is the best of five not?"),
+            (0.5, "one standard deviation is how far a typical run lies out, not the best of five"),
+            (0.82, "the old method's single run lies above its mean as often as below it"),
+        ],
+        hint="draw five numbers of deviation 0.5, take the largest; a million times; the mean",
+    ),
 }
 
 
@@ -709,6 +718,18 @@ BEYOND = {
         ],
         hint="the longer side becomes 416; the other side shrinks by the same factor; round",
     ),
+    "08 mirrored": Exercise(
+        right={0, 2, 4},
+        wrong=[
+            (
+                {0, 1, 2, 3, 4, 5},
+                "the mask is mirrored with its image; is what the sentence says of it still true?",
+            ),
+            ({0}, "above and below are not left and right"),
+            ({1, 3, 5}, "these are the pairs that become wrong"),
+        ],
+        hint="which words change their meaning in a mirror?",
+    ),
     "08 mean IoU": Exercise(
         right=mean_iou,
         wrong=[
@@ -729,6 +750,15 @@ BEYOND = {
         ],
         hint="`np.nonzero(mask)` gives rows and columns; the end is one after the last",
         on=((MASK,), (MASK.T,)),
+    ),
+    "08 speck": Exercise(
+        right=[100 / 101, 0.01],
+        wrong=[
+            ([100 / 101, 100 / 101], "the box has to reach that one pixel"),
+            ([0.01, 100 / 101], "the masks first"),
+            ([1.0, 0.01], "the one pixel more stands in the union of the masks"),
+        ],
+        hint="draw both boxes; for boxes and masks alike: the common area over that of the union",
     ),
     "08 classify": Exercise(
         right=largest_mask,
