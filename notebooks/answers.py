@@ -573,6 +573,19 @@ def is_nearly_frozen(before, after):
     return all(torch.allclose(before[name], after[name], atol=1e-3) for name in before)
 
 
+def bridger_size(d):
+    """Numbers in RN101's Bridger of width d."""
+    return 2304 + 27_237 * d + 48 * d**2
+
+
+def bridger_size_in_proportion(d):
+    return round(1_942_080 * d / 64)
+
+
+def bridger_size_on_a_line(d):
+    return round(223_272 + (d - 8) * (1_942_080 - 223_272) / 56)
+
+
 BN = {"bn.weight": torch.ones(2), "bn.running_mean": torch.zeros(2)}
 BN_MOVED = {**BN, "bn.running_mean": torch.ones(2)}
 BN_NEARLY = {**BN, "bn.weight": torch.ones(2) + 1e-5}
@@ -588,6 +601,15 @@ TRAINED = {
             ),
         ],
         hint="learning / of all, in percent; both numbers stand in the last row",
+    ),
+    "05 bridger size": Exercise(
+        right=bridger_size,
+        wrong=[
+            (bridger_size_in_proportion, "twice the width is not twice the numbers"),
+            (bridger_size_on_a_line, "a line through two widths: attention grows with the square"),
+        ],
+        hint="a stands in the first row; attention divided by d² and the rest by d give c and b",
+        on=((8,), (64,), (256,)),
     ),
     "05 BatchNorm": Exercise(
         right={"running_mean", "running_var", "num_batches_tracked"},
@@ -611,6 +633,40 @@ TRAINED = {
         ],
         hint="compare the names first, then every tensor with `torch.equal`",
         on=((BN, dict(BN)), (BN, BN_MOVED), (BN, BN_NEARLY)),
+    ),
+    "05 kept": Exercise(
+        right=[{1, 2}, {2}, set()],
+        wrong=[
+            (
+                [{0}, {1}, {2}],
+                "the stage before the bridge is done when the bridge begins: which way does the "
+                "gradient travel?",
+            ),
+            (
+                [{0, 1, 2}, {1, 2}, {2}],
+                "below the first bridge nothing learns, so no gradient has to go there",
+            ),
+            (
+                [{0}, {0, 1}, {0, 1, 2}],
+                "the gradient comes from the loss: it needs what lies between loss and bridge",
+            ),
+        ],
+        hint="walk back from the loss to the bridge: through which stages do you come?",
+    ),
+    "05 first gradient": Exercise(
+        right={"up.weight", "up.bias"},
+        wrong=[
+            (
+                {"up.weight", "up.bias", "down.weight", "down.bias"},
+                "by the chain rule, one pair's gradient is multiplied with a matrix of zeros",
+            ),
+            (
+                {"down.weight", "down.bias"},
+                "does the loss change at all if these two change a little?",
+            ),
+            ({"up.bias"}, "what stands behind a matrix of zeros need not be zero itself"),
+        ],
+        hint="change one number of a tensor a little: does the output change?",
     ),
     "05 LoRA": Exercise(
         right=4096,
@@ -683,6 +739,15 @@ TRAINING = {
             (2, "one standard error is not enough: twice that"),
         ],
         hint="twice the standard error has to be smaller than 0.59: solve for n, round up",
+    ),
+    "06 best of five": Exercise(
+        right=0.58,
+        wrong=[
+            (0.0, "the mean of five runs is not shifted; is the best of five not?"),
+            (0.5, "one standard deviation is how far a typical run lies out, not the best of five"),
+            (0.82, "the old method's single run lies above its mean as often as below it"),
+        ],
+        hint="draw five numbers of deviation 0.5, take the largest; a million times; the mean",
     ),
 }
 
@@ -837,6 +902,18 @@ BEYOND = {
         ],
         hint="the longer side becomes 416; the other side shrinks by the same factor; round",
     ),
+    "08 mirrored": Exercise(
+        right={0, 2, 4},
+        wrong=[
+            (
+                {0, 1, 2, 3, 4, 5},
+                "the mask is mirrored with its image; is what the sentence says of it still true?",
+            ),
+            ({0}, "above and below are not left and right"),
+            ({1, 3, 5}, "these are the pairs that become wrong"),
+        ],
+        hint="which words change their meaning in a mirror?",
+    ),
     "08 mean IoU": Exercise(
         right=mean_iou,
         wrong=[
@@ -857,6 +934,15 @@ BEYOND = {
         ],
         hint="`np.nonzero(mask)` gives rows and columns; the end is one after the last",
         on=((MASK,), (MASK.T,)),
+    ),
+    "08 speck": Exercise(
+        right=[100 / 101, 0.01],
+        wrong=[
+            ([100 / 101, 100 / 101], "the box has to reach that one pixel"),
+            ([0.01, 100 / 101], "the masks first"),
+            ([1.0, 0.01], "the one pixel more stands in the union of the masks"),
+        ],
+        hint="draw both boxes; for boxes and masks alike: the common area over that of the union",
     ),
     "08 classify": Exercise(
         right=largest_mask,

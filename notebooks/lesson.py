@@ -286,6 +286,28 @@ def maps(
     show(figure)
 
 
+def map_rows(rows, titles, masks, label="probability", scale=(0, 1), caption="", side=1.6):
+    """Rows of maps (H, W) on one color scale, each row with its label, each column with its mask.
+
+    rows: {label of the row: one map for each column}. masks: outlined in their columns.
+    """
+    size = (side * len(titles) + 1, side * len(rows) + 0.8)
+    figure, axes = plt.subplots(
+        len(rows), len(titles), figsize=size, squeeze=False, layout="constrained"
+    )
+    for row, (name, line) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(name)
+        for axis, one, mask in zip(row, line, masks, strict=True):
+            drawn = axis.imshow(as_array(one), vmin=scale[0], vmax=scale[1])
+            axis.set(xticks=[], yticks=[])
+            outline(axis, mask)
+    for axis, text in zip(axes[0], titles, strict=True):
+        title(axis, text, int(14 * side))
+    figure.colorbar(drawn, ax=axes, label=label, shrink=0.8, pad=0.01)
+    figure.supxlabel(caption, fontsize=8)
+    show(figure)
+
+
 def overlays(image, rows, labels, titles, label, limit, mask=None):
     """Rows of maps (h, w) laid over the image in gray, each row with its label, on one scale.
 

@@ -422,3 +422,16 @@ def test_a_notebook_starts_in_its_own_folder_and_in_the_projects():
     program += "\nassert pathlib.Path('../weights/etris-tiny.pt').exists()"
     for folder in (FOLDER, ROOT):
         subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)
+
+
+def test_map_rows_has_a_label_for_each_row_a_title_for_each_column_and_one_caption(monkeypatch):
+    shown = []
+    monkeypatch.setattr(lesson, "show", shown.append)
+    maps = {"step 0": [np.zeros((4, 4)), np.ones((4, 4))], "step 5": [np.eye(4), torch.eye(4)]}
+    masks = [np.eye(4, dtype=bool), np.zeros((4, 4), bool)]
+    lesson.map_rows(maps, ["a", "b"], masks, caption="outlined: what is meant")
+    [figure] = shown
+    assert [axis.get_title() for axis in figure.axes[:4]] == ["a", "b", "", ""]
+    assert [axis.get_ylabel() for axis in figure.axes[:4]] == ["step 0", "", "step 5", ""]
+    assert figure.get_supxlabel() == "outlined: what is meant"
+    assert all(axis.images[0].get_clim() == (0, 1) for axis in figure.axes[:4])
