@@ -71,7 +71,7 @@ def test_a_row_prints_numbers_seeds_steps_and_what_was_not_run():
     assert claim().here(short=True) == "not run yet"
     waiting = claim(NOT_RUN, one_model=[over_scenes(-2, 1)])
     assert waiting.here(short=False) == "a − b not run yet. a − b −0.5 (−2.0 … +1.0): one model"
-    assert waiting.here(short=True) == "a − b −0.5 (−2.0 … +1.0): one model"
+    assert waiting.here(short=True) == "−0.5 (−2.0 … +1.0): one model"
     assert waiting.paper() == "table 2"
 
 
