@@ -194,8 +194,8 @@ def claims() -> list[Claim]:
     return [
         Claim("the Bridger helps", "table 2", helps, "question", "06, 6.5"),
         Claim("relations and order gain most", "§ 5.2", gain_by_kind(), "question", "06, 6.5"),
-        Claim("encoders exchange information", "§ 3.2", talks, "question probe", "04, 4.6", lost),
-        Claim("boundaries are sharper", "figure 3", [], "shipped", "04, 4.4", edges),
+        Claim("encoders exchange information", "§ 3.2", talks, "question probe", "04, 4.4", lost),
+        Claim("boundaries are sharper", "figure 3", [], "shipped", "04, 4.5", edges),
         Claim("HA matters most, then GA, then the Bridger", "table 6", order, "table6"),
         Claim("three bridges are best", "table 4", three, "table4"),
         Claim("deconvolution beats interpolation", "table 5", zooms, "table5"),

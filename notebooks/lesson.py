@@ -382,13 +382,14 @@ def stages(image, outlines, rows, titles):
     figure, grid_of_axes = plt.subplots(len(rows), 5, figsize=size, layout="constrained")
     height, width = image.shape[:2]
     extent = (0, width, height, 0)  # coarse maps lie over the image
-    shown = ("the image", *titles, "A less B")
-    for axis, text in zip(grid_of_axes[0], shown, strict=True):
+    grid_of_axes[0, 0].imshow(image)
+    outline(grid_of_axes[0, 0], outlines[0])
+    outline(grid_of_axes[0, 0], outlines[1])
+    for axis, text in zip(grid_of_axes[0], ("A and B", *titles, "A less B"), strict=True):
         title(axis, text, 22)
     for axes, (label, maps) in zip(grid_of_axes, rows.items(), strict=True):
         low = min(one.min() for one in maps)
         high = max(one.max() for one in maps)
-        axes[0].imshow(image)
         for axis, one in zip(axes[1:4], maps, strict=True):
             drawn = axis.imshow(one, vmin=low, vmax=high, extent=extent)
         _, a, b = maps
@@ -396,12 +397,14 @@ def stages(image, outlines, rows, titles):
         difference = axes[4].imshow(a - b, vmin=-span, vmax=span, extent=extent, cmap="PuOr_r")
         figure.colorbar(drawn, ax=axes[3], shrink=0.85)
         figure.colorbar(difference, ax=axes[4], shrink=0.85)
-        axes[0].set_ylabel(label)
-        for axis in axes:
+        axes[1].set_ylabel(label)
+        axes[0].axis("off")
+        for axis in axes[1:]:
             axis.set(xticks=[], yticks=[])
-        for axis, mask in zip((axes[0], *axes[2:4]), (outlines[0], *outlines), strict=True):
+        for axis, mask in zip(axes[2:4], outlines, strict=True):
             outline(axis, mask)
         outline(axes[4], outlines[0])
+        outline(axes[4], outlines[1])
     show(figure)
 
 

@@ -435,3 +435,34 @@ def test_map_rows_has_a_label_for_each_row_a_title_for_each_column_and_one_capti
     assert [axis.get_ylabel() for axis in figure.axes[:4]] == ["step 0", "", "step 5", ""]
     assert figure.get_supxlabel() == "outlined: what is meant"
     assert all(axis.images[0].get_clim() == (0, 1) for axis in figure.axes[:4])
+
+
+def test_stages_have_one_scale_a_row_and_a_difference_of_the_same_span(monkeypatch):
+    shown = []
+    monkeypatch.setattr(lesson, "show", shown.append)
+    image = np.zeros((8, 8, 3), np.uint8)
+    masks = (np.eye(8, dtype=bool), np.eye(8, dtype=bool)[::-1])
+    rows = {
+        "stage 0": (np.zeros((4, 4)), np.eye(4), np.eye(4)),
+        "mask": (np.full((2, 2), -1.0), np.eye(2), 3 * np.eye(2)),
+    }
+    lesson.stages(image, masks, rows, ("without", "A", "B"))
+    [figure] = shown
+    axes = figure.axes[:10]
+    assert [axis.get_title() for axis in axes[:5]] == ["A and B", "without", "A", "B", "A less B"]
+    for first, (low, high) in ((0, (0, 1)), (5, (-1, 3))):
+        assert all(axis.images[0].get_clim() == (low, high) for axis in axes[first + 1 : first + 4])
+        assert axes[first + 4].images[0].get_clim() == (low - high, high - low)
+    assert not axes[4].images[0].get_array().any()  # the same for both sentences
+    assert (axes[9].images[0].get_array() == -2 * np.eye(2)).all()
+
+
+def test_a_forest_plot_has_a_row_for_each_interval_and_a_line_at_the_reference(monkeypatch):
+    shown = []
+    monkeypatch.setattr(lesson, "show", shown.append)
+    lesson.intervals({"a": (1, 0, 2), "b": (3, 2.5, 4)}, "points", reference=1)
+    [axis] = shown[0].axes
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["a", "b"]
+    lines = [line.get_xdata() for line in axis.lines]
+    assert list(lines[0]) == [1, 1]
+    assert [list(line) for line in lines[1::2]] == [[0, 2], [2.5, 4]]
