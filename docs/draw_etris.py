@@ -1,6 +1,6 @@
 """Draw docs/etris.svg: ETRIS as boxes, with the shape of each tensor on its arrow.
 
-    python -m docs.draw_etris                      writes docs/etris.svg
+    python -m docs.draw_etris                      writes docs/etris.svg and the notebooks' variants
     python -m docs.draw_etris --part bridger       prints it with one part in color
 
 SHAPES is the only place where a shape stands. A test compares all of them with the models.
@@ -10,7 +10,16 @@ import argparse
 from pathlib import Path
 
 SVG = Path(__file__).parent / "etris.svg"
-PARTS = ("clip", "bridger", "decoder")
+PICTURES = Path(__file__).parents[1] / "notebooks" / "pictures"  # etris-clip.svg, …
+
+# A variant's name: the boxes that keep their color.
+PARTS = {
+    "clip": ("clip",),
+    "bridger": ("bridger",),
+    "decoder": ("decoder",),
+    "trained": ("bridger", "decoder"),
+    "loss": ("loss",),
+}
 
 # What travels along each arrow, without the batch dimension: RN101 at 416 pixels, tiny at 128.
 SHAPES = {
@@ -78,7 +87,10 @@ text { font-family: Helvetica, Arial, sans-serif; font-size: 13px; fill: #1f2933
 .clip { fill: #e4e9ef; stroke: #7b8794 }
 .bridger { fill: #ffd9a8; stroke: #d9822b }
 .decoder { fill: #cfe6ff; stroke: #2f7fc9 }
-.faded { fill: #f6f7f9; stroke: #cbd2d9 }
+.loss { fill: #f3d9f0; stroke: #a64d9b }
+.kept { stroke-width: 3 }
+.faded { fill: #ffffff; stroke: #cbd2d9 }
+.faded + text, .faded + text + .sub { fill: #7b8794 }
 .line { fill: none; stroke: #3e4c59; stroke-width: 1.4; marker-end: url(#arrow) }
 .words { stroke: #2b8a3e }
 .sentence { stroke: #8e44ad }
@@ -262,7 +274,7 @@ def text_features():
 
 
 def decoder(part):
-    """The lower row: global alignment, projector, mask."""
+    """The lower row: global alignment, projector, logits."""
     lines = [arrow([(320, ALIGN_Y + 22), (320, DECODER_Y - 26)])]
     lines += both(276, ALIGN_Y + 50, "hierarchical_alignment")
     lines += box(284, DECODER_Y, 132, 48, part, "global alignment", "3 layers")
@@ -273,13 +285,27 @@ def decoder(part):
     lines.append(text(650, DECODER_Y - 31, kernel, "large"))
     lines.append(arrow([(610, DECODER_Y), (724, DECODER_Y)]))
     lines += both(664, DECODER_Y + 20, "logits")
-    lines += scene(728, DECODER_Y - 32, mask=True)
+    return lines
+
+
+def predicted():
+    """What becomes of the logits in prediction."""
+    lines = scene(728, DECODER_Y - 32, mask=True)
     lines.append(text(804, DECODER_Y - 4, "σ(logits), enlarged,", "side"))
     lines.append(text(804, DECODER_Y + 14, "&gt; 0.35: the mask", "side"))
     return lines
 
 
-def legend():
+def training(part):
+    """What becomes of the logits in training: they are compared with the object's mask."""
+    lines = box(726, DECODER_Y, 100, 48, part, "loss", "one number")
+    lines.append(arrow([(874, DECODER_Y), (830, DECODER_Y)]))
+    lines += scene(876, DECODER_Y - 32, mask=True)
+    lines.append(text(908, DECODER_Y + 48, "the object’s mask", "large"))
+    return lines
+
+
+def legend(classes):
     lines = []
     y = HEIGHT - 24
     entries = (
@@ -288,7 +314,9 @@ def legend():
         (428, "decoder", "decoder: trained"),
     )
     for x, part, line in entries:
-        lines.append(f'<rect x="{x}" y="{y - 11}" width="16" height="14" rx="3" class="{part}"/>')
+        box_class = classes[part]
+        size = 'width="16" height="14" rx="3"'
+        lines.append(f'<rect x="{x}" y="{y - 11}" {size} class="{box_class}"/>')
         lines.append(f'<text x="{x + 22}" y="{y}">{line}</text>')
     tiny = '<tspan fill="#6b7785">in gray: tiny at 128</tspan>'
     lines.append(f'<text x="574" y="{y}">shapes: RN101 at 416 pixels, {tiny}</text>')
@@ -296,9 +324,11 @@ def legend():
 
 
 def draw(part=None):
-    """The drawing as SVG; part: the one of PARTS to keep in color."""
-    classes = [name if part in (None, name) else "faded" for name in PARTS]
-    clip, bridger, head = classes
+    """The drawing as SVG; part: the one of PARTS to keep in color, all of them unless given."""
+    classes = {name: name for name in ("clip", "bridger", "decoder", "loss")}
+    if part is not None:
+        for name in classes:
+            classes[name] = f"{name} kept" if name in PARTS[part] else "faded"
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}">',
         f"<style>{STYLE}</style>",
@@ -306,14 +336,23 @@ def draw(part=None):
         '<path d="M0 0 L7 3 L0 6 z" fill="#3e4c59"/></marker></defs>',
         f'<rect x="1" y="1" width="{WIDTH - 2}" height="{HEIGHT - 2}" rx="10" class="card"/>',
     ]
-    lines += encoders(clip)
-    lines += bridges(bridger)
-    lines += alignment(head)
+    lines += encoders(classes["clip"])
+    lines += bridges(classes["bridger"])
+    lines += alignment(classes["decoder"])
     lines += text_features()
-    lines += decoder(head)
-    lines += legend()
+    lines += decoder(classes["decoder"])
+    lines += training(classes["loss"]) if part == "loss" else predicted()
+    lines += legend(classes)
     lines.append("</svg>")
     return "\n".join(lines) + "\n"
+
+
+def files():
+    """The files that hold the drawing, each with its text."""
+    found = {SVG: draw()}
+    for part in PARTS:
+        found[PICTURES / f"etris-{part}.svg"] = draw(part)
+    return found
 
 
 if __name__ == "__main__":
@@ -321,6 +360,7 @@ if __name__ == "__main__":
     parser.add_argument("--part", choices=PARTS, help="keep one part in color and print the SVG")
     part = parser.parse_args().part
     if part is None:
-        SVG.write_text(draw(), encoding="utf-8", newline="\n")
+        for path, svg in files().items():
+            path.write_text(svg, encoding="utf-8", newline="\n")
     else:
         print(draw(part), end="")

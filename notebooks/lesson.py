@@ -8,6 +8,7 @@
     lesson.check("02 attention shape", ...)            "not yet", "right", or why it is wrong
     lesson.solution("02 attention shape")              the expected value
     lesson.play(model, probes, choices)                a sentence box and two sliders
+    lesson.drawing("bridger")                          the model as boxes, the Bridger in color
 
 C channels · H W height and width of an image or a map
 """
@@ -18,7 +19,7 @@ import textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import Image, display
+from IPython.display import Image, Markdown, display
 from PIL import Image as PIL
 
 from answers import EXERCISES
@@ -163,6 +164,11 @@ def short(x) -> str:
 
 
 # ----------------------------------------------------------------------------------------- figures
+def drawing(part):
+    """ETRIS as boxes, one part in color: clip, bridger, decoder, trained or loss."""
+    display(Markdown(f"![ETRIS as boxes, one part in color](pictures/etris-{part}.svg)"))
+
+
 def show(figure):
     """Put a figure below the cell, in 256 colors: noise in drawn scenes makes full PNGs large."""
     buffer = io.BytesIO()

@@ -14,7 +14,7 @@ import prepare
 import train
 from checkpoint import build_model
 from docs import draw_etris
-from experiments import benchmark, gpu_check, probe, reproduce
+from experiments import benchmark, claims, gpu_check, probe, reproduce
 from toy import pretrain
 from utils import report as bug_report
 from utils.common import ROOT, Parser
@@ -43,6 +43,7 @@ COMMANDS = {
     "data.py": data.main,
     "experiments.reproduce": reproduce.main,
     "experiments.benchmark": benchmark.main,
+    "experiments.claims": claims.main,
     "experiments.gpu_check": gpu_check.main,
     "experiments.probe": probe.main,
     "toy.pretrain": pretrain.main,
@@ -220,9 +221,11 @@ def test_every_option_has_a_help_text(monkeypatch):
 
 # ----------------------------------------------------------------------------------------- drawing
 def test_the_drawing_is_what_its_script_draws():
-    assert draw_etris.SVG.read_text(encoding="utf-8") == draw_etris.draw()
+    for path, svg in draw_etris.files().items():
+        assert path.read_text(encoding="utf-8") == svg
     for part in draw_etris.PARTS:
-        assert "faded" in draw_etris.draw(part).split("</style>")[1]
+        drawn = draw_etris.draw(part).split("</style>")[1]
+        assert "faded" in drawn and "kept" in drawn
 
 
 @pytest.fixture(scope="module", params=["tiny", "RN101"])
