@@ -7,10 +7,14 @@ arguments both are tried with. Neither reasons nor hints say the answer.
 
 from dataclasses import dataclass
 from math import log, log2
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from clip_model import Attention
+from etris import Bridge, Interactor
 
 
 @dataclass(frozen=True)
@@ -114,86 +118,242 @@ CLIP = {
             (randn(4, 2, 5), 7 * randn(4, seed=2)),
         ),
     ),
-    "01 positions": Exercise(
-        right=169,
+    "01 longer row": Exercise(
+        right=0,
         wrong=[
-            (13, "13 each way: that many rows, and as many columns"),
-            (170, "the mean token is left out: only pixel positions are compared"),
+            (8, "padding stands after every one of them, and who sees what stands after it?"),
+            (1, "the end mark sees what stands before it, and padding does not"),
+            (5, "that is how many zeros are added; ask who can see them"),
         ],
-        hint="divide the side by the stride, then count the squares of that grid",
+        hint="padding comes after the end mark; 1.3: which words does a word see?",
     ),
 }
 
 
 # -------------------------------------------------------------------------------------- 02 Bridger
-def zoom_in(v, weight, shift=0):
-    """A 2 × 2 convolution with stride 2; with a shift, of the patches beside the right ones."""
-    return F.conv2d(v.roll(shift, -1)[None], weight, stride=2)[0]
+def randomized(module, seed=0):
+    """The module with random parameters that are the same everywhere, in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+        parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
 
 
-def zoom_in_by_one(v, weight):
-    return F.conv2d(v[None], weight)[0]
+def shrink(v, weight, shift=0):
+    """A convolution without overlap; with a shift, of the patches beside the right ones."""
+    return F.conv2d(v.roll(shift, -1), weight, stride=weight.shape[-1])
 
 
-def zoom_in_shifted(v, weight):
-    return zoom_in(v, weight, shift=1)
+def shrink_by_one(v, weight):
+    return F.conv2d(v, weight)
 
 
-def one_head(q, k, v):
-    """softmax(q kᵀ / √d) v."""
-    scores = q @ k.mT * q.shape[-1] ** -0.5
-    return scores.softmax(-1) @ v
+def shrink_shifted(v, weight):
+    return shrink(v, weight, shift=1)
 
 
-def one_head_unscaled(q, k, v):
-    return (q @ k.mT).softmax(-1) @ v
+def grow(v, weight):
+    return F.conv_transpose2d(v, weight, stride=weight.shape[-1])
 
 
-def one_head_over_queries(q, k, v):
-    scores = q @ k.mT * q.shape[-1] ** -0.5
-    return scores.softmax(0) @ v
+def grow_overlapping(v, weight):
+    return F.conv_transpose2d(v, weight)
 
 
+def grow_flipped(v, weight):
+    return grow(v, weight.flip(2, 3))
+
+
+def real_attend(attention, x, other, padding=None):
+    return attention(x, other, key_padding_mask=padding)
+
+
+def attend_to_padding(attention, x, other, padding=None):
+    return attention(x, other)
+
+
+def attend_with_one_head(attention, x, other, padding=None):
+    w_q, w_k, w_v = attention.in_proj_weight.chunk(3)
+    b_q, b_k, b_v = attention.in_proj_bias.chunk(3)
+    scores = (x @ w_q.mT + b_q) @ (other @ w_k.mT + b_k).mT * x.shape[-1] ** -0.5
+    if padding is not None:
+        scores = scores.masked_fill(padding[:, None], float("-inf"))
+    return attention.out_proj(scores.softmax(-1) @ (other @ w_v.mT + b_v))
+
+
+def real_interact(ita, x, other, padding=None, other_padding=None):
+    return ita(x, other, key_padding_mask=padding, other_padding_mask=other_padding)
+
+
+def interact_without_shortcuts(ita, x, other, padding=None, other_padding=None):
+    x = ita.norm1(ita.self_attn(x, key_padding_mask=padding))
+    x = ita.norm2(ita.cross_attn(x, other, key_padding_mask=other_padding))
+    return ita.norm3(ita.linear2(F.relu(ita.linear1(x))))
+
+
+def interact_normalized_before(ita, x, other, padding=None, other_padding=None):
+    x = x + ita.self_attn(ita.norm1(x), key_padding_mask=padding)
+    x = x + ita.cross_attn(ita.norm2(x), other, key_padding_mask=other_padding)
+    return x + ita.linear2(F.relu(ita.linear1(ita.norm3(x))))
+
+
+def real_bridge(bridge, v, t, previous=None, padding=None):
+    return bridge(v, t, previous, padding)
+
+
+def bridge_by_the_paper(bridge, v, t, previous=None, padding=None, hands_on="output"):
+    """What a reading of equations 2 and 5 to the letter makes of a bridge's layers."""
+    x = bridge.zoom_in(v)
+    height = x.shape[2]
+    x = x.flatten(2).mT
+    y = bridge.linear_in(t)
+    if previous is not None:
+        x = bridge.norm_v(x + previous[0])
+        y = bridge.norm_t(y + previous[1])
+    new_x = bridge.interact_v(x, y, other_padding_mask=padding)
+    other = x if hands_on == "output" else new_x
+    new_y = bridge.interact_t(y, other, key_padding_mask=padding)
+    delta_v = bridge.zoom_out(new_x.mT.unflatten(2, (height, -1)))
+    kept = (new_x, new_y) if hands_on == "output" else (x, y)
+    return delta_v, bridge.linear_out(new_y), kept
+
+
+def bridge_one_after_the_other(bridge, v, t, previous=None, padding=None):
+    return bridge_by_the_paper(bridge, v, t, previous, padding, hands_on="input")
+
+
+def bridge_without_previous(bridge, v, t, previous=None, padding=None):
+    return bridge(v, t, None, padding)
+
+
+WORDS = randn(2, 5, 6, seed=4)
+WORDS_PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+ATTENTION = randomized(Attention(8, heads=2))
+INTERACTOR = randomized(Interactor(8, heads=2, hidden=12), seed=1)
+INTERACTION = (randn(2, 4, 8), randn(2, 5, 8, seed=1))
+
+
+def small_bridge(stage):
+    """A bridge of width 8 over maps of 3, 5 and 7 channels, 8 × 8 to 2 × 2 positions."""
+    visual = SimpleNamespace(channels=(3, 5, 7), strides=(2, 4, 8))
+    config = SimpleNamespace(patch_size=None, text_width=6)
+    clip = SimpleNamespace(visual=visual, config=config)
+    return randomized(Bridge(clip, stage, width=8, heads=2, first=stage == 0), seed=stage)
+
+
+HANDED_ON = (randn(2, 16, 8, seed=2), randn(2, 5, 8, seed=3))
 BRIDGER = {
-    "02 zoom count": Exercise(
-        right=524_288,
+    "02 shrink": Exercise(
+        right=shrink,
         wrong=[
-            (131_072, "a kernel of 2 × 2 has four cells: times 4"),
-            (524_352, "there is no bias"),
+            (shrink_by_one, "patches must not overlap: go in steps of the kernel's side"),
+            (shrink_shifted, "the first patch starts at row 0, column 0"),
         ],
-        hint="one number for each input channel, output channel and cell of the kernel",
-    ),
-    "02 zoom in": Exercise(
-        right=zoom_in,
-        wrong=[
-            (zoom_in_by_one, "patches must not overlap: go in steps of 2"),
-            (zoom_in_shifted, "the first patch starts at row 0, column 0"),
-        ],
-        hint="2.1 does it patch by patch; a convolution with stride 2 does it at once",
+        hint="`F.conv2d` with the right stride; the kernel's side stands in the weight's shape",
         on=(
-            (randn(3, 4, 4), randn(5, 3, 2, 2, seed=1)),
-            (randn(2, 4, 6), randn(3, 2, 2, 2, seed=2)),
+            (randn(2, 3, 4, 4), randn(5, 3, 2, 2, seed=1)),
+            (randn(1, 2, 6, 9), randn(3, 2, 3, 3, seed=2)),
+            (randn(1, 4, 3, 2), randn(2, 4, 1, 1, seed=3)),
         ),
     ),
-    "02 attention": Exercise(
-        right=one_head,
+    "02 grow": Exercise(
+        right=grow,
         wrong=[
-            (one_head_unscaled, "divide the scores by √d, or the softmax gets too sharp"),
-            (one_head_over_queries, "each query's weights add up to 1: softmax over the keys"),
+            (grow_overlapping, "patches must not overlap: go in steps of the kernel's side"),
+            (grow_flipped, "a patch is painted as the kernel lies, not turned"),
         ],
-        hint="compare queries with keys, divide by √d, softmax over the keys, mix the values",
+        hint="`F.conv_transpose2d` paints; its stride is how far two patches lie apart",
         on=(
-            (randn(4, 8), randn(5, 8, seed=1), randn(5, 8, seed=2)),
-            (randn(5, 2), randn(3, 2, seed=3), randn(3, 2, seed=4)),
+            (randn(2, 5, 2, 2), randn(5, 3, 2, 2, seed=1)),
+            (randn(1, 3, 2, 3), randn(3, 2, 3, 3, seed=2)),
+            (randn(1, 2, 3, 2), randn(2, 4, 1, 1, seed=3)),
         ),
     ),
-    "02 attention shape": Exercise(
-        right=(4, 17, 676),
+    "02 kernel at the stem": Exercise(
+        right=4,
         wrong=[
-            ((4, 676, 17), "that is the other one, in which pixel positions attend to words"),
-            ((4, 17, 26), "26 × 26 pixel positions are attended to"),
+            (2, "that leaves stage 0's grid: the bridges work on stage 1's"),
+            (8, "that leaves stage 2's grid: the bridges work on stage 1's"),
+            (1, "that leaves the stem's own grid, and the bridges share a smaller one"),
         ],
-        hint="the words ask, so they are the queries; the positions answer",
+        hint="divide the side of the stem's map by the side of the grid that the bridges share",
+    ),
+    "02 attend": Exercise(
+        right=real_attend,
+        wrong=[
+            (attend_to_padding, "a weight after the end mark must be 0"),
+            (attend_with_one_head, "each head compares its own slice of the width"),
+        ],
+        hint="`unflatten` the width into (heads, size), bring heads in front of positions, and "
+        "put −∞ into the scores at padding before the softmax",
+        on=(
+            (ATTENTION, *INTERACTION),
+            (ATTENTION, *INTERACTION, WORDS_PADDING),
+        ),
+    ),
+    "02 interact": Exercise(
+        right=real_interact,
+        wrong=[
+            (interact_without_shortcuts, "what came in is added to what each branch makes of it"),
+            (interact_normalized_before, "added first, then normalized"),
+        ],
+        hint="three lines of one form: x = norm(x + branch(x))",
+        on=(
+            (INTERACTOR, *INTERACTION),
+            (INTERACTOR, *INTERACTION, None, WORDS_PADDING),
+            (INTERACTOR, *reversed(INTERACTION), WORDS_PADDING, None),
+        ),
+    ),
+    "02 handed on": Exercise(
+        right={"delta_v", "delta_t"},
+        wrong=[
+            (
+                {"delta_v", "delta_t", "previous"},
+                "so it is by the paper's equation 2; in the code the stream skips the interactors",
+            ),
+            ({"previous"}, "what reaches the encoders comes out of the interactors"),
+        ],
+        hint="follow x through `Bridge.forward`: what is returned last, x or new_x?",
+    ),
+    "02 residual": Exercise(
+        right=(1024, 26, 26),
+        wrong=[
+            ((512, 52, 52), "that is this stage's output, to which the code adds"),
+            ((64, 26, 26), "that is the bridge's own width: zoom-out leaves it"),
+            ((2048, 13, 13), "that is two stages on"),
+        ],
+        hint="a sum needs two maps of one shape: which map is the bridge's added to?",
+    ),
+    "02 bridge": Exercise(
+        right=real_bridge,
+        wrong=[
+            (
+                bridge_by_the_paper,
+                "that hands on the interactors' output, as the paper writes; the code's `previous` "
+                "is their input",
+            ),
+            (
+                bridge_one_after_the_other,
+                "the words attend to the image as it came in, not as the words have changed it",
+            ),
+            (bridge_without_previous, "add what the bridge before has handed on, and normalize"),
+        ],
+        hint="zoom in, add `previous`, both interactors on what is then there, zoom out; 2.0 says "
+        "what is handed on",
+        on=(
+            (small_bridge(0), randn(2, 3, 8, 8), WORDS, None, WORDS_PADDING),
+            (small_bridge(1), randn(2, 5, 4, 4), WORDS, HANDED_ON, WORDS_PADDING),
+            (small_bridge(2), randn(2, 7, 2, 2), WORDS, HANDED_ON, WORDS_PADDING),
+        ),
+    ),
+    "02 zero start": Exercise(
+        right=2048,
+        wrong=[
+            (4096, "the gradient of A passes through B, and B is zero"),
+            (0, "the gradient of B does not pass through B"),
+        ],
+        hint="write B (A x) and ask for each matrix: by what is its gradient multiplied?",
     ),
     "02 not causal": Exercise(
         right=set(range(8)),
@@ -201,7 +361,7 @@ BRIDGER = {
             ({6, 7}, "so it is without the Bridger; its attention among words is not causal"),
             ({6}, "attention mixes words: the change travels"),
         ],
-        hint="2.3: after bridge 0, what did the start mark know?",
+        hint="2.7: after bridge 0, what did the start mark know?",
     ),
 }
 
@@ -244,6 +404,10 @@ def loss_of_the_object(z, mask):
     return -(mask * z.sigmoid().log()).mean()
 
 
+def loss_of_hard_targets(z, mask):
+    return F.binary_cross_entropy_with_logits(z, (mask > 0.5).float())
+
+
 DECODER = {
     "03 never learn": Exercise(
         right=394_752,
@@ -262,24 +426,27 @@ DECODER = {
         hint="two linear layers, one after the other, each with its bias",
         on=(gate_arguments(3), gate_arguments(6)),
     ),
-    "03 kernel count": Exercise(
-        right=2305,
+    "03 same sentence feature": Exercise(
+        right={"words"},
         wrong=[
-            (2304, "the last number written is the bias"),
-            (4609, "512 is the decoder's width, the projector halves it"),
+            ({"words", "kernel"}, "the kernel is written by the sentence's feature alone"),
+            ({"words", "gates"}, "the gates' factors are written by the sentence's feature alone"),
+            ({"kernel"}, "what writes the kernel is the same for both"),
         ],
-        hint="kernel cells times channels, and one more for what is added at the end",
+        hint="for each way: does its module read the sentence's feature, or the words?",
     ),
     "03 loss": Exercise(
         right=image_loss,
         wrong=[
             (summed_loss, "equation 10 is the mean"),
             (loss_of_the_object, "the pixel positions beside the object count too"),
+            (loss_of_hard_targets, "a target between the two counts in both cases, with its share"),
         ],
-        hint="both cases of equation 11 in one line, then the mean over all positions",
+        hint="weigh the two cases of equation 11 by the target and by what it lacks to 1; the mean",
         on=(
             (randn(3, 3), (randn(3, 3, seed=1) > 0).float()),
             (3 * randn(2, 5), (randn(2, 5, seed=2) > 1).float()),
+            (randn(2, 4), randn(2, 4, seed=3).sigmoid()),
         ),
     ),
     "03 target": Exercise(
@@ -389,6 +556,19 @@ def is_nearly_frozen(before, after):
     return all(torch.allclose(before[name], after[name], atol=1e-3) for name in before)
 
 
+def bridger_size(d):
+    """Numbers in RN101's Bridger of width d."""
+    return 2304 + 27_237 * d + 48 * d**2
+
+
+def bridger_size_in_proportion(d):
+    return round(1_942_080 * d / 64)
+
+
+def bridger_size_on_a_line(d):
+    return round(223_272 + (d - 8) * (1_942_080 - 223_272) / 56)
+
+
 BN = {"bn.weight": torch.ones(2), "bn.running_mean": torch.zeros(2)}
 BN_MOVED = {**BN, "bn.running_mean": torch.ones(2)}
 BN_NEARLY = {**BN, "bn.weight": torch.ones(2) + 1e-5}
@@ -404,6 +584,15 @@ TRAINED = {
             ),
         ],
         hint="learning / of all, in percent; both numbers stand in the last row",
+    ),
+    "05 bridger size": Exercise(
+        right=bridger_size,
+        wrong=[
+            (bridger_size_in_proportion, "twice the width is not twice the numbers"),
+            (bridger_size_on_a_line, "a line through two widths: attention grows with the square"),
+        ],
+        hint="a stands in the first row; attention divided by d² and the rest by d give c and b",
+        on=((8,), (64,), (256,)),
     ),
     "05 BatchNorm": Exercise(
         right={"running_mean", "running_var", "num_batches_tracked"},
@@ -427,6 +616,40 @@ TRAINED = {
         ],
         hint="compare the names first, then every tensor with `torch.equal`",
         on=((BN, dict(BN)), (BN, BN_MOVED), (BN, BN_NEARLY)),
+    ),
+    "05 kept": Exercise(
+        right=[{1, 2}, {2}, set()],
+        wrong=[
+            (
+                [{0}, {1}, {2}],
+                "the stage before the bridge is done when the bridge begins: which way does the "
+                "gradient travel?",
+            ),
+            (
+                [{0, 1, 2}, {1, 2}, {2}],
+                "below the first bridge nothing learns, so no gradient has to go there",
+            ),
+            (
+                [{0}, {0, 1}, {0, 1, 2}],
+                "the gradient comes from the loss: it needs what lies between loss and bridge",
+            ),
+        ],
+        hint="walk back from the loss to the bridge: through which stages do you come?",
+    ),
+    "05 first gradient": Exercise(
+        right={"up.weight", "up.bias"},
+        wrong=[
+            (
+                {"up.weight", "up.bias", "down.weight", "down.bias"},
+                "by the chain rule, one pair's gradient is multiplied with a matrix of zeros",
+            ),
+            (
+                {"down.weight", "down.bias"},
+                "does the loss change at all if these two change a little?",
+            ),
+            ({"up.bias"}, "what stands behind a matrix of zeros need not be zero itself"),
+        ],
+        hint="change one number of a tensor a little: does the output change?",
     ),
     "05 LoRA": Exercise(
         right=4096,
@@ -499,6 +722,15 @@ TRAINING = {
             (2, "one standard error is not enough: twice that"),
         ],
         hint="twice the standard error has to be smaller than 0.59: solve for n, round up",
+    ),
+    "06 best of five": Exercise(
+        right=0.58,
+        wrong=[
+            (0.0, "the mean of five runs is not shifted; is the best of five not?"),
+            (0.5, "one standard deviation is how far a typical run lies out, not the best of five"),
+            (0.82, "the old method's single run lies above its mean as often as below it"),
+        ],
+        hint="draw five numbers of deviation 0.5, take the largest; a million times; the mean",
     ),
 }
 
@@ -662,6 +894,18 @@ BEYOND = {
         ],
         hint="the longer side becomes 416; the other side shrinks by the same factor; round",
     ),
+    "08 mirrored": Exercise(
+        right={0, 2, 4},
+        wrong=[
+            (
+                {0, 1, 2, 3, 4, 5},
+                "the mask is mirrored with its image; is what the sentence says of it still true?",
+            ),
+            ({0}, "above and below are not left and right"),
+            ({1, 3, 5}, "these are the pairs that become wrong"),
+        ],
+        hint="which words change their meaning in a mirror?",
+    ),
     "08 mean IoU": Exercise(
         right=mean_iou,
         wrong=[
@@ -682,6 +926,15 @@ BEYOND = {
         ],
         hint="`np.nonzero(mask)` gives rows and columns; the end is one after the last",
         on=((MASK,), (MASK.T,)),
+    ),
+    "08 speck": Exercise(
+        right=[100 / 101, 0.01],
+        wrong=[
+            ([100 / 101, 100 / 101], "the box has to reach that one pixel"),
+            ([0.01, 100 / 101], "the masks first"),
+            ([1.0, 0.01], "the one pixel more stands in the union of the masks"),
+        ],
+        hint="draw both boxes; for boxes and masks alike: the common area over that of the union",
     ),
     "08 classify": Exercise(
         right=largest_mask,

@@ -8,7 +8,6 @@
     lesson.check("02 attention shape", ...)            "not yet", "right", or why it is wrong
     lesson.solution("02 attention shape")              the expected value
     lesson.play(model, probes, choices)                a sentence box and two sliders
-    lesson.drawing("bridger")                          the model as boxes, the Bridger in color
 
 C channels · H W height and width of an image or a map
 """
@@ -16,10 +15,11 @@ C channels · H W height and width of an image or a map
 import io
 import textwrap
 
+import matplotlib.colors
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import Image, Markdown, display
+from IPython.display import Image, display
 from PIL import Image as PIL
 
 from answers import EXERCISES
@@ -129,10 +129,23 @@ def difference(yours, expected) -> str | None:
             if reason:
                 return f"try number {number}: {reason}"
         return None
+    if isinstance(expected, tuple) and isinstance(expected[0], torch.Tensor):
+        return difference_of_results(yours, expected)
     try:
         return numeric_difference(as_array(yours), as_array(expected))
     except (TypeError, ValueError, RuntimeError):
         return f"{type(yours).__name__} cannot be compared with numbers"
+
+
+def difference_of_results(yours, expected) -> str | None:
+    """The same for a function that returns several tensors, or tuples of them."""
+    if not isinstance(yours, list | tuple) or len(yours) != len(expected):
+        return f"{len(expected)} results are expected"
+    for number, (mine, right) in enumerate(zip(yours, expected, strict=True), start=1):
+        reason = difference(mine, right)
+        if reason:
+            return f"result {number}: {reason}"
+    return None
 
 
 def as_array(x) -> np.ndarray:
@@ -164,11 +177,6 @@ def short(x) -> str:
 
 
 # ----------------------------------------------------------------------------------------- figures
-def drawing(part):
-    """ETRIS as boxes, one part in color: clip, bridger, decoder, trained or loss."""
-    display(Markdown(f"![ETRIS as boxes, one part in color](pictures/etris-{part}.svg)"))
-
-
 def show(figure):
     """Put a figure below the cell, in 256 colors: noise in drawn scenes makes full PNGs large."""
     buffer = io.BytesIO()
@@ -217,6 +225,28 @@ def images(images, titles, masks=None, columns=None, side=2.2):
     show(figure)
 
 
+def image_rows(rows, labels, titles, masks=None, side=1.7):
+    """Rows of images (H, W, 3), or of maps (H, W) on a scale of their own, each row with its label.
+
+    titles: above the first row. masks: one for each row, outlined on every image of that row.
+    """
+    size = (side * len(titles) + 0.3, side * len(rows) + 0.3)
+    figure, axes = plt.subplots(
+        len(rows), len(titles), figsize=size, squeeze=False, layout="constrained"
+    )
+    masks = masks or [None] * len(rows)
+    for row, name, line, mask in zip(axes, labels, rows, masks, strict=True):
+        for axis, one in zip(row, line, strict=True):
+            axis.imshow(one)
+            axis.set(xticks=[], yticks=[])
+            if mask is not None:
+                outline(axis, mask)
+        row[0].set_ylabel(name)
+    for axis, text in zip(axes[0], titles, strict=True):
+        title(axis, text, int(12 * side))
+    show(figure)
+
+
 def maps(
     maps,
     titles,
@@ -227,11 +257,12 @@ def maps(
     side=2.2,
     image=None,
     masks=None,
+    mask=None,
 ):
     """Maps (H, W) side by side on one color scale with one color bar.
 
     scale: (low, high), else the smallest and largest of all. signed: around zero, two colors.
-    image: shown before them. masks: edges drawn on them.
+    image: shown before them. masks: edges drawn on them. mask: the object's edge on the image.
     """
     maps = [as_array(one) for one in maps]
     low, high = scale or (min(one.min() for one in maps), max(one.max() for one in maps))
@@ -242,6 +273,8 @@ def maps(
     figure, axes = grid(before + len(maps), columns, side)
     if image is not None:
         axes[0].imshow(image)
+        if mask is not None:
+            outline(axes[0], mask)
     color_map = "PuOr_r" if signed else "viridis"
     masks = masks or [None] * len(maps)
     for axis, one, text, mask in zip(axes[before:], maps, titles, masks, strict=True):
@@ -251,6 +284,92 @@ def maps(
             outline(axis, mask)
     figure.colorbar(drawn, ax=axes, label=label, shrink=0.8, pad=0.01)
     show(figure)
+
+
+def map_rows(rows, titles, masks, label="probability", scale=(0, 1), caption="", side=1.6):
+    """Rows of maps (H, W) on one color scale, each row with its label, each column with its mask.
+
+    rows: {label of the row: one map for each column}. masks: outlined in their columns.
+    """
+    size = (side * len(titles) + 1, side * len(rows) + 0.8)
+    figure, axes = plt.subplots(
+        len(rows), len(titles), figsize=size, squeeze=False, layout="constrained"
+    )
+    for row, (name, line) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(name)
+        for axis, one, mask in zip(row, line, masks, strict=True):
+            drawn = axis.imshow(as_array(one), vmin=scale[0], vmax=scale[1])
+            axis.set(xticks=[], yticks=[])
+            outline(axis, mask)
+    for axis, text in zip(axes[0], titles, strict=True):
+        title(axis, text, int(14 * side))
+    figure.colorbar(drawn, ax=axes, label=label, shrink=0.8, pad=0.01)
+    figure.supxlabel(caption, fontsize=8)
+    show(figure)
+
+
+def overlays(image, rows, labels, titles, label, limit, mask=None):
+    """Rows of maps (h, w) laid over the image in gray, each row with its label, on one scale.
+
+    A value of 1 or less leaves the image as it is; above 1 it is colored, in equal steps of the
+    logarithm, up to `limit`. mask: the object's edge.
+    """
+    gray = 255 - (255 - np.asarray(image).mean(-1)) / 1.6
+    height, width = gray.shape
+    place = (-0.5, width - 0.5, height - 0.5, -0.5)
+    colors = matplotlib.colors.LinearSegmentedColormap.from_list("", ["#D55E0000", "#D55E00"])
+    scale = matplotlib.colors.LogNorm(1, limit, clip=True)
+    size = (1.6 * len(titles) + 1.2, 1.6 * len(rows) + 0.3)
+    figure, axes = plt.subplots(
+        len(rows), len(titles), figsize=size, squeeze=False, layout="constrained"
+    )
+    for row, name, line in zip(axes, labels, rows, strict=True):
+        for axis, one in zip(row, line, strict=True):
+            axis.imshow(gray, cmap="gray", vmin=0, vmax=255)
+            one = np.maximum(as_array(one), 1)
+            drawn = axis.imshow(one, norm=scale, cmap=colors, extent=place)
+            axis.set(xticks=[], yticks=[])
+            if mask is not None:
+                outline(axis, mask)
+        row[0].set_ylabel(name)
+    for axis, text in zip(axes[0], titles, strict=True):
+        title(axis, text, 18)
+    bar = figure.colorbar(drawn, ax=axes, label=label, shrink=0.8, pad=0.01, ticks=[1, limit])
+    bar.ax.minorticks_off()
+    bar.ax.set_yticklabels(["1 or less", f"{limit} or more"])
+    show(figure)
+
+
+def tiles(titles, sides):
+    """Maps before and after a zoom, as tiles: what belongs together has one shade and one number.
+
+    sides: for each zoom the positions each way, before and after it.
+    """
+    figure = plt.figure(figsize=(9.4, 1.95), layout="constrained")
+    parts = figure.subfigures(1, len(sides), wspace=0.08)
+    for part, name, pair in zip(parts, titles, sides, strict=True):
+        part.suptitle(name, fontsize=9)
+        axes = part.subplots(1, 2)
+        for axis, side in zip(axes, pair, strict=True):
+            draw_tiles(axis, side, min(pair))
+        axes[1].annotate("→", (-0.16, 0.42), xycoords="axes fraction", fontsize=14)
+    show(figure)
+
+
+def draw_tiles(axis, side, tiles_each_way):
+    """A grid of side × side positions in tiles that are numbered from 1."""
+    factor = side // tiles_each_way
+    numbers = 1 + np.arange(tiles_each_way**2).reshape(tiles_each_way, tiles_each_way)
+    numbers = numbers.repeat(factor, 0).repeat(factor, 1)
+    axis.imshow(numbers, cmap="Blues", vmin=-1, vmax=2 * tiles_each_way**2)
+    for y in range(side):
+        for x in range(side):
+            axis.text(x, y, numbers[y, x], ha="center", va="center")
+    edges = np.arange(side + 1) - 0.5
+    axis.set(xticks=edges, yticks=edges, xticklabels=[], yticklabels=[])
+    axis.set_xlabel(f"{side} × {side}")
+    axis.tick_params(length=0)
+    axis.grid(color="white")
 
 
 def pca_colors(features, count=None):

@@ -13,7 +13,7 @@ import predict
 import prepare
 import train
 from checkpoint import build_model
-from docs import draw_etris
+from docs import draw_etris, draw_methods
 from experiments import benchmark, claims, gpu_check, probe, reproduce
 from toy import pretrain
 from utils import report as bug_report
@@ -223,6 +223,7 @@ def test_every_option_has_a_help_text(monkeypatch):
 def test_the_drawing_is_what_its_script_draws():
     for path, svg in draw_etris.files().items():
         assert path.read_text(encoding="utf-8") == svg
+    assert draw_methods.SVG.read_text(encoding="utf-8") == draw_methods.draw()
     for part in draw_etris.PARTS:
         drawn = draw_etris.draw(part).split("</style>")[1]
         assert "faded" in drawn and "kept" in drawn
