@@ -824,6 +824,15 @@ FAILURES = {
         ],
         hint="what is the union in each case, and what does 0 / 0 count as?",
     ),
+    "07 always nothing": Exercise(
+        right=(20, 100, 0),
+        wrong=[
+            ((0, 100, 0), "gIoU counts 1 where nothing fits and the model says nothing"),
+            ((20, 100, 100), "T-acc counts the sentences that fit something: it answers none"),
+            ((20, 20, 0), "N-acc is a share of the sentences that fit nothing, not of all"),
+        ],
+        hint="take ten sentences, two of which fit nothing, and count each score",
+    ),
     "07 worst": Exercise(
         right=worst,
         wrong=[
@@ -956,7 +965,7 @@ BEYOND = {
 }
 
 
-# -------------------------------------------------------------------------- 09 BarLeRIa and DETRIS
+# ------------------------------------------------------------------------------------- 09 BarLeRIa
 def planar(y, w, b, u):
     """One planar step of a normalizing flow."""
     return y + u * torch.tanh(w @ y + b)
@@ -974,21 +983,7 @@ def planar_arguments(width):
     return randn(width), randn(width, seed=1), 0.3, randn(width, seed=2)
 
 
-def ridge(x, y, strength):
-    """The linear map from x to y with small weights."""
-    penalty = strength * torch.eye(x.shape[1])
-    return torch.linalg.solve(x.mT @ x + penalty, x.mT @ y)
-
-
-def least_squares(x, y, strength):
-    return ridge(x, y, 0)
-
-
-def averaged_ridge(x, y, strength):
-    return ridge(x, y, strength * len(x))
-
-
-OTHERS = {
+BARLERIA = {
     "09 planar": Exercise(
         right=planar,
         wrong=[
@@ -1014,15 +1009,37 @@ OTHERS = {
         ],
         hint="every token's row is a multiple of the same vector",
     ),
-    "09 field": Exercise(
-        right=7,
+}
+
+
+# --------------------------------------------------------------------------------------- 10 DETRIS
+def half_width(differences):
+    """Half of the 95 % interval of the mean of three differences."""
+    return 4.303 * np.std(differences, ddof=1) / 3**0.5
+
+
+def half_width_normal(differences):
+    return 1.96 * np.std(differences, ddof=1) / 3**0.5
+
+
+def half_width_by_n(differences):
+    return 4.303 * np.std(differences) / 3**0.5
+
+
+def half_width_of_one(differences):
+    return 4.303 * np.std(differences, ddof=1)
+
+
+DETRIS = {
+    "10 field": Exercise(
+        right=11,
         wrong=[
-            (5, "branch 3 reads branch 2 as well, which has read its neighbors"),
-            (9, "2 positions to each side by its own kernel, 1 more by branch 2's: 1 + 2 · 3"),
+            (7, "branch 3 reads branch 2 as well, which has read its neighbors"),
+            (12, "count the middle too: 3 positions to each side by its own kernel, then 2 more"),
         ],
         hint="its own kernel, and on top of it what branch 2 has already read",
     ),
-    "09 branch inputs": Exercise(
+    "10 branch inputs": Exercise(
         right=(128, 192, 224),
         wrong=[
             ((128, 64, 96), "z is an input every time"),
@@ -1030,17 +1047,15 @@ OTHERS = {
         ],
         hint="each branch reads z and the outputs of all branches before it",
     ),
-    "09 ridge": Exercise(
-        right=ridge,
+    "10 half width": Exercise(
+        right=half_width,
         wrong=[
-            (least_squares, "that is plain least squares: where is the strength?"),
-            (averaged_ridge, "the squares are summed, not averaged"),
+            (half_width_normal, "1.96 is for many seeds; with three, t is more than twice that"),
+            (half_width_by_n, "the standard deviation divides by n − 1: `ddof=1`"),
+            (half_width_of_one, "that is for a single run: the mean of n varies less"),
         ],
-        hint="set the gradient to zero: (xᵀx + strength · 1) W = xᵀy",
-        on=(
-            (randn(9, 3), randn(9, 2, seed=1), 2.0),
-            (randn(6, 4, seed=2), randn(6, 4, seed=3), 10.0),
-        ),
+        hint="`np.std(differences, ddof=1)`, times t, over the root of n",
+        on=(([1.0, 2.0, 4.5],), ([-0.3, 0.2, 0.4],)),
     ),
 }
 
@@ -1054,5 +1069,6 @@ EXERCISES = {
     **TRAINING,
     **FAILURES,
     **BEYOND,
-    **OTHERS,
+    **BARLERIA,
+    **DETRIS,
 }

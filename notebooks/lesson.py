@@ -449,6 +449,30 @@ def spotlight(image, mask):
     return np.where(np.asarray(mask)[..., None], image, pale)
 
 
+def compare(images, titles, masks_by_row, targets=None, caption="", side=1.8):
+    """One row of images for each model, in full color where it marks them; the targets outlined.
+
+    masks_by_row: {label of the row: a mask (H, W) for each image}. targets: masks (H, W) or None.
+    """
+    count = len(masks_by_row)
+    size = (side * len(images) + 0.3, side * count + 0.6)
+    figure, axes = plt.subplots(
+        count, len(images), figsize=size, squeeze=False, layout="constrained"
+    )
+    targets = targets or [None] * len(images)
+    for row, (label, masks) in zip(axes, masks_by_row.items(), strict=True):
+        row[0].set_ylabel(label)
+        for axis, image, mask, target in zip(row, images, masks, targets, strict=True):
+            axis.imshow(spotlight(image, mask))
+            axis.set(xticks=[], yticks=[])
+            if target is not None:
+                outline(axis, target)
+    for axis, text in zip(axes[0], titles, strict=True):
+        title(axis, text, int(12 * side))
+    figure.supxlabel(caption, fontsize=8)
+    show(figure)
+
+
 # -------------------------------------------------------------------------- something to play with
 STAGES = ("stage 0", "stage 1", "stage 2", "decoder")
 NO_WIDGETS = "A sentence box, two sliders and a picture: run this cell in JupyterLab to get them."

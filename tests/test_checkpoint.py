@@ -16,7 +16,7 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import DEFAULT_BACKBONES, PRESETS
-from utils.common import UserError
+from utils.common import ROOT, UserError
 
 
 class Args:
@@ -173,3 +173,21 @@ def test_a_run_may_be_moved_and_its_data_too(tmp_path, monkeypatch):
     assert not same_dataset("plain,other", "other,plain")  # the order decides the batches
     assert not same_dataset("plain", "other")
     assert not same_dataset("plain", "x/plain")  # both are here, and they differ
+
+
+# ----------------------------------------------------------------------------------------- shipped
+BACKBONES = ("tiny", "tiny-vit", "tiny-dino")
+SHIPPED = [path for path in sorted((ROOT / "weights").glob("*.pt")) if path.stem not in BACKBONES]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_shipped_checkpoint_is_small_holds_no_folders_and_is_on_the_model_card(path):
+    """Trained tensors in half precision, without an optimizer."""
+    file = read_checkpoint(path)
+    assert file["training"] is None
+    assert {x.dtype for x in file["tuned"].values()} <= {torch.float16, torch.int64}
+    assert path.stat().st_size < 4_000_000
+    assert not [value for value in file["args"].values() if str(value).startswith(("/", "\\"))]
+    card = (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
+    assert f"`{path.name}`" in card
+    assert not load_checkpoint(path).training

@@ -34,6 +34,7 @@ from data import (
     train_loader,
     unletterbox,
 )
+from toy.scenes import plan_scene
 from utils.common import UserError
 from utils.images import read_image
 
@@ -273,6 +274,34 @@ def test_no_target_is_an_empty_mask(grefer_tree):
     sheet = grefer_tree / "sheet.png"
     data.main(["show", "grefcoco", "--data", str(grefer_tree), "--out", str(sheet)])
     assert sheet.is_file()
+
+
+def test_show_counts_the_sentences_that_fit_nothing_one_object_or_several(grefer_tree, capsys):
+    """Two sentences for two objects, two for none; in val one object, beside a crowd."""
+    lines = []
+    for split in ("train", "val"):
+        sheet = str(grefer_tree / "sheet.png")
+        show = ["show", "grefcoco", "--split", split, "--data", str(grefer_tree)]
+        data.main([*show, "--out", sheet])
+        lines.append(capsys.readouterr().out.splitlines()[-1])
+    of = "of the sentences of {} refs fit: {} nothing, {} one object, {} several"
+    assert lines[0] == of.format(2, 2, 0, 2)
+    assert lines[1] == of.format(1, 0, 2, 0)
+
+
+def test_show_counts_the_targets_of_scenes_any_and_no_others(tmp_path, capsys):
+    sheet = str(tmp_path / "sheet.png")
+    data.main(["show", "scenes-any", "--split", "val", "--number", "1", "--out", sheet])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("of the sentences of 500 refs fit: ")
+    found = {"nothing": 0, "one object": 0, "several": 0}
+    for i in range(500):
+        plan = plan_scene("scenes-any", "val", i)
+        name = {0: "nothing", 1: "one object"}.get(len(plan.targets), "several")
+        found[name] += len(plan.sentences)
+    assert line.split(": ")[1] == ", ".join(f"{count} {name}" for name, count in found.items())
+    data.main(["show", "scenes", "--split", "val", "--number", "1", "--out", sheet])
+    assert "fit" not in capsys.readouterr().out
 
 
 def test_crowds_are_left_out_of_several_and_refs_of_crowds_alone_altogether(grefer_tree, capsys):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import evaluate as room
+from checkpoint import load_checkpoint
 from conftest import HEIGHT, WIDTH, grefer_tables, record, write_folder, write_refer
 from data import REFCOCO_FILES, RefDataset, letterbox, normalize, open_dataset
 from evaluate import (
@@ -25,7 +26,7 @@ from evaluate import (
     summarize_any,
 )
 from toy.scenes import Thing
-from utils.common import UserError, write_file
+from utils.common import ROOT, UserError, write_file
 
 PRECISIONS = ["Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9"]
 
@@ -308,6 +309,18 @@ def test_every_split_of_the_real_sample_is_measured(refer_sample, bright_model):
         result, rows = evaluate(bright_model, dataset, progress=False)
         assert result["sentences"] == len(rows) == sentences
         assert 0 <= result["oIoU"] <= 100
+
+
+def test_trained_with_sentences_that_fit_nothing_a_model_says_nothing_more_often():
+    """The shipped pair of notebook 07, on 40 scenes whose sentences fit nothing, one or several."""
+    dataset = open_dataset("scenes-any", "val", limit=40, side=128)
+    found = {}
+    for name in ("etris-tiny", "etris-any"):
+        model = load_checkpoint(ROOT / "weights" / f"{name}.pt")
+        found[name], _ = evaluate(model, dataset, progress=False)
+    assert found["etris-any"]["N-acc"] > 40 > 20 > found["etris-tiny"]["N-acc"]
+    assert found["etris-any"]["gIoU"] > found["etris-tiny"]["gIoU"] + 5
+    assert found["etris-any"]["T-acc"] > 70
 
 
 # --------------------------------------------------------------------- --by: the paper's appendix B

@@ -205,6 +205,24 @@ def test_every_exercise_has_a_solution_and_stands_in_one_notebook():
     assert sorted(in_notebooks) == sorted(lesson.EXERCISES) == sorted(solved)
 
 
+# ----------------------------------------------------------------------------------------- figures
+def test_compare_has_a_row_for_each_model_a_title_for_each_image_and_one_caption(monkeypatch):
+    shown = []
+    monkeypatch.setattr(lesson, "show", shown.append)
+    image = np.zeros((8, 8, 3), np.uint8)
+    mask = np.zeros((8, 8), bool)
+    mask[2:5, 2:5] = True
+    masks = {"one": [mask, mask, ~mask], "two": [mask, ~mask, mask]}
+    targets = [mask, ~mask | mask, ~mask & mask]
+    lesson.compare([image] * 3, ["a", "b", "c"], masks, targets, "what is outlined")
+    [figure] = shown
+    assert [axis.get_title() for axis in figure.axes] == ["a", "b", "c", "", "", ""]
+    assert [axis.get_ylabel() for axis in figure.axes] == ["one", "", "", "two", "", ""]
+    assert figure.get_supxlabel() == "what is outlined"
+    outlines = [len(axis.collections) for axis in figure.axes]
+    assert outlines[0] > 0 == outlines[2]  # nothing is meant: nothing to outline
+
+
 def test_a_bridger_of_ones_own_takes_the_shipped_weights_and_the_place_of_the_shipped(
     capsys, monkeypatch
 ):
