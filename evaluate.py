@@ -53,7 +53,7 @@ from utils.common import (
     warn,
     write_file,
 )
-from utils.distributed import all_gather_rows, rank_range
+from utils.distributed import all_gather_rows, rank, world_size
 from utils.plots import draw_groups, write_png
 from utils.tokenizer import tokenize
 
@@ -225,6 +225,11 @@ def predict_masks(model, batch, device, threshold, dtype) -> list[Tensor]:
 
 
 # -------------------------------------------------------------------------------------- evaluation
+def rank_range(count: int, rank: int, world_size: int) -> range:
+    """The piece of range(count) that this process evaluates."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
+
+
 @torch.inference_mode()
 def evaluate(
     model,
@@ -251,7 +256,7 @@ def evaluate(
     """
     device = torch.device(device)
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    share = Subset(dataset, rank_range(count))
+    share = Subset(dataset, rank_range(count, rank(), world_size()))
     items = EvalDataset(share, model.size, model.max_tokens)
     pin = device.type == "cuda"
     loader = DataLoader(items, batch_size=None, num_workers=workers, pin_memory=pin)

@@ -10,7 +10,7 @@ import torch
 
 from checkpoint import build_model
 from data import TrainDataset, open_dataset, to_device, train_loader
-from evaluate import evaluate
+from evaluate import evaluate, rank_range
 from train import train_step
 from utils import distributed
 
@@ -62,10 +62,11 @@ def gloo_threads() -> int:
 
 def main():
     distributed.start(torch.device("cpu"))
+    own = rank_range(7, distributed.rank(), distributed.world_size())
     found = {
         "gradients": gradients(),
         "scores": scores(),
-        "ranges": distributed.all_gather_rows(list(distributed.rank_range(7))),
+        "ranges": distributed.all_gather_rows(list(own)),
         "processes": distributed.world_size(),
     }
     rank = distributed.rank()

@@ -6,7 +6,6 @@ import os
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 from utils.common import UserError
 
@@ -16,8 +15,7 @@ def start(device):
     local_rank = int(os.environ.get("LOCAL_RANK", -1))
     if local_rank < 0:
         return
-    import torch._dynamo  # imported later, by DistributedDataParallel, it keeps the group alive
-
+    torch.compiler.reset()  # loads the compiler; loaded later, by wrap, it keeps the group alive
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"{local_rank + 1} processes, fewer GPUs: lower --nproc_per_node")
@@ -40,11 +38,6 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank_range(count: int) -> range:
-    """This process's piece of range(count)."""
-    return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
-
-
 def wrap(model: torch.nn.Module) -> torch.nn.Module:
     """The model that averages gradients; on GPUs its tuned BatchNorms see the whole batch."""
     if world_size() == 1:
@@ -53,7 +46,7 @@ def wrap(model: torch.nn.Module) -> torch.nn.Module:
         for name, child in model.named_children():
             if child is not model.backbone:
                 setattr(model, name, torch.nn.SyncBatchNorm.convert_sync_batchnorm(child))
-    return DistributedDataParallel(model)
+    return torch.nn.parallel.DistributedDataParallel(model)
 
 
 def no_sync(model: torch.nn.Module, last: bool):
@@ -79,10 +72,9 @@ def all_gather_rows(rows: list) -> list:
     return sum(gathered, [])
 
 
-@torch.no_grad()
 def broadcast(tensors):
     """Every process gets the tensors of rank 0."""
     for tensor in tensors if world_size() > 1 else ():
-        whole = tensor.contiguous()  # a convolution's weight may lie channels-last
+        whole = tensor.detach().contiguous()  # a convolution's weight may lie channels-last
         dist.broadcast(whole, 0)
-        tensor.copy_(whole)
+        tensor.detach().copy_(whole)
