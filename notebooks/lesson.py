@@ -177,13 +177,16 @@ def short(x) -> str:
 
 
 # ----------------------------------------------------------------------------------------- figures
-def show(figure):
-    """Put a figure below the cell, in 256 colors: noise in drawn scenes makes full PNGs large."""
+def show(figure, palette=PIL.Quantize.MAXCOVERAGE):
+    """Put a figure below the cell, in 256 colors: noise in drawn scenes makes full PNGs large.
+
+    palette: how they are chosen; MEDIANCUT keeps the color of most pixels exactly.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight")
     plt.close(figure)
     small = PIL.open(buffer).convert("RGB")
-    small = small.quantize(256, PIL.Quantize.MAXCOVERAGE, dither=PIL.Dither.NONE)
+    small = small.quantize(256, palette, dither=PIL.Dither.NONE)
     buffer = io.BytesIO()
     small.save(buffer, "PNG", optimize=True)
     display(Image(buffer.getvalue()))
@@ -405,17 +408,20 @@ def stages(image, outlines, rows, titles):
             outline(axis, mask)
         outline(axes[4], outlines[0])
         outline(axes[4], outlines[1])
-    show(figure)
+    show(figure, PIL.Quantize.MEDIANCUT)
 
 
-def intervals(rows, label, reference=0.0, colors=None, height=0.32):
-    """A forest plot: {name: (mean, low, high)}, one line a row, and a line at the reference."""
+def intervals(rows, label, reference=0.0, colors=None, hollow=(), height=0.32):
+    """A forest plot: {name: (mean, low, high)}, one line a row, and a line at the reference.
+
+    colors: {name: color}. hollow: the names whose point is drawn empty.
+    """
     figure, axis = plt.subplots(figsize=(6.4, height * len(rows) + 0.7), layout="constrained")
     axis.axvline(reference, color="0.6", linewidth=1)
     for y, (name, (mean, low, high)) in enumerate(rows.items()):
         color = COLORS[0] if colors is None else colors[name]
         axis.plot([low, high], [y, y], color=color)
-        axis.plot(mean, y, "o", color=color)
+        axis.plot(mean, y, "o", color=color, markerfacecolor="white" if name in hollow else color)
     axis.set(yticks=range(len(rows)), yticklabels=list(rows), xlabel=label)
     axis.invert_yaxis()
     axis.spines[["top", "right"]].set_visible(False)

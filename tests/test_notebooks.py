@@ -208,7 +208,7 @@ def test_every_exercise_has_a_solution_and_stands_in_one_notebook():
 # ----------------------------------------------------------------------------------------- figures
 def test_compare_has_a_row_for_each_model_a_title_for_each_image_and_one_caption(monkeypatch):
     shown = []
-    monkeypatch.setattr(lesson, "show", shown.append)
+    monkeypatch.setattr(lesson, "show", lambda figure, palette: shown.append(figure))
     image = np.zeros((8, 8, 3), np.uint8)
     mask = np.zeros((8, 8), bool)
     mask[2:5, 2:5] = True
@@ -457,7 +457,7 @@ def test_map_rows_has_a_label_for_each_row_a_title_for_each_column_and_one_capti
 
 def test_stages_have_one_scale_a_row_and_a_difference_of_the_same_span(monkeypatch):
     shown = []
-    monkeypatch.setattr(lesson, "show", shown.append)
+    monkeypatch.setattr(lesson, "show", lambda figure, palette: shown.append(figure))
     image = np.zeros((8, 8, 3), np.uint8)
     masks = (np.eye(8, dtype=bool), np.eye(8, dtype=bool)[::-1])
     rows = {
