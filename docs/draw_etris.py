@@ -347,7 +347,8 @@ def draw(part=None):
     lines += legend(classes)
     lines.append("</svg>")
     if part in ASKED:
-        lines = [re.sub(r">[\d×]+<", ">?<", line) for line in lines]
+        shapes = r">((?:sentence |words |kernel )?)[\d×]+(?: \([\d×]+\))?<"
+        lines = [re.sub(shapes, r">\1?<", line) for line in lines]
     return "\n".join(lines) + "\n"
 
 
