@@ -622,6 +622,7 @@ ARM_PAIRS = (  # a row, and the row that it is compared with
     ("image to text", "fix backbone"),
     ("CoOp", "fix backbone"),
     ("ETRIS", "mute"),
+    ("ETRIS", "text only"),
 )
 
 
