@@ -208,7 +208,7 @@ def test_every_exercise_has_a_solution_and_stands_in_one_notebook():
 # ----------------------------------------------------------------------------------------- figures
 def test_compare_has_a_row_for_each_model_a_title_for_each_image_and_one_caption(monkeypatch):
     shown = []
-    monkeypatch.setattr(lesson, "show", lambda figure, palette: shown.append(figure))
+    monkeypatch.setattr(lesson, "show", shown.append)
     image = np.zeros((8, 8, 3), np.uint8)
     mask = np.zeros((8, 8), bool)
     mask[2:5, 2:5] = True
