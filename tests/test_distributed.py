@@ -208,7 +208,7 @@ def test_on_gpus_tuned_norms_see_the_whole_batch_and_frozen_ones_stay(monkeypatc
     tuned = [name for name in tuned if not name.startswith("clip.")]
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
-    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model: model)
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model: model)
     distributed.wrap(model)
     found = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
     assert found == tuned and tuned
