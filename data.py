@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
 from clip_model import PIXEL_MEAN, PIXEL_STD
-from config import NOTHING_BELOW
-from toy.scenes import FLAVOURS, SPLITS, Scenes, plan_scene
+from toy.scenes import FLAVOURS, SPLITS, Scenes
 from utils.common import SEED, Parser, UserError, as_user_error, command, integer
 from utils.distributed import rank, world_size
 from utils.images import decode_segmentation, file_inside, read_image, resize, to_mask
 from utils.plots import contact_sheet
-from utils.refer import REFS_ERRORS, objects_of, read_refs
+from utils.refer import REFS_ERRORS, count_targets, objects_of, read_refs
 from utils.tokenizer import is_blank, tokenize
 
 REFCOCO_FILES = {
@@ -109,29 +108,6 @@ class RefDataset:
         images = {sample.image_id for sample in self.samples}
         sentences = sum(len(sample.sentences) for sample in self.samples)
         return {"refs": len(self), "images": len(images), "sentences": sentences}
-
-
-def count_targets(dataset, scenes=1000) -> str | None:
-    """How many sentences fit nothing, one object, several; None where all fit one object.
-
-    Of drawn scenes the first `scenes` are counted, for planning them all takes half a minute.
-    """
-    if dataset.name not in NOTHING_BELOW:
-        return None
-    drawn = not isinstance(dataset.samples, list)
-    count = min(scenes, len(dataset)) if drawn else len(dataset)
-    found = {"nothing": 0, "one object": 0, "several": 0}
-    for i in range(count):
-        if drawn:
-            plan = plan_scene(dataset.name, dataset.split, i)
-            targets = len(plan.targets)
-            sentences = len(plan.sentences)
-        else:
-            targets = len(dataset.samples[i].mask[0])
-            sentences = len(dataset.samples[i].sentences)
-        found[list(found)[min(targets, 2)]] += sentences
-    numbers = ", ".join(f"{number:,} {name}" for name, number in found.items())
-    return f"of the sentences of {count:,} refs fit: {numbers}"
 
 
 class SplitNotFound(UserError):
@@ -425,14 +401,11 @@ def main(argv=None):
     parser.add_argument("--seed", type=SEED, default=0, help="of their random choice (0)")
     parser.add_argument("--out", default="sheet.png", metavar="FILE", help="where (sheet.png)")
     args = parser.parse_args(argv)
-
     dataset = open_dataset(args.dataset, args.split, args.data)
     chosen = np.random.default_rng(args.seed).permutation(len(dataset))[: args.number]
     contact_sheet([dataset[i] for i in sorted(chosen.tolist())], args.out)
     print(f"{dataset.name} {dataset.split} {dataset.counts()}; {len(chosen)} are in {args.out}")
-    targets = count_targets(dataset)
-    if targets:
-        print(targets)
+    print(count_targets(dataset), end="")
 
 
 if __name__ == "__main__":

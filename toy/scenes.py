@@ -216,6 +216,10 @@ class Scenes:
     def __len__(self):
         return self.count
 
+    def plan(self, index) -> Plan:
+        """What is drawn and said, without the painting."""
+        return plan_scene(self.name, self.split, index)
+
     def __getitem__(self, index):
         if not 0 <= index < self.count:
             raise IndexError(index)
