@@ -1,5 +1,6 @@
 """experiments/claims.py: each verdict from hand-made results, and the table in the docs."""
 
+import dataclasses
 import json
 
 import pytest
@@ -57,6 +58,16 @@ def test_one_model_decides_nothing_but_whether_it_fails():
     assert claim(one_model=[over_scenes(-2, -1)], one_decides=True).verdict() == "contradicted"
     assert claim(one_model=[over_scenes(-2, 1)], one_decides=True).verdict() == "not shown"
     assert claim(over_seeds(1, 2), one_model=[over_scenes(-2, -1)]).verdict() == "held"
+
+
+def test_a_difference_of_two_versions_decides_only_where_it_is_large():
+    """A version of torch changes a run by a point: an interval must lie beyond two."""
+    near = dataclasses.replace(over_seeds(-1.7, -0.2), mixed=True)
+    far = dataclasses.replace(over_seeds(4.9, 7.6), mixed=True)
+    assert claim(near).verdict() == "not shown"
+    assert claim(dataclasses.replace(near, mixed=False)).verdict() == "contradicted"
+    assert claim(far).verdict() == "held"
+    assert "two versions" in claim(near).here(short=False)
 
 
 # ---------------------------------------------------------------------------------------- the cells
