@@ -178,7 +178,7 @@ def short(x) -> str:
 
 # ----------------------------------------------------------------------------------------- figures
 def show(figure, palette=PIL.Quantize.MAXCOVERAGE):
-    """Put a figure below the cell, in 256 colors: noise in drawn scenes makes full PNGs large.
+    """Put a figure below the cell, in 192 colors: noise in drawn scenes makes full PNGs large.
 
     palette: how they are chosen; MEDIANCUT keeps the color of most pixels exactly.
     """
@@ -186,7 +186,7 @@ def show(figure, palette=PIL.Quantize.MAXCOVERAGE):
     figure.savefig(buffer, format="png", bbox_inches="tight")
     plt.close(figure)
     small = PIL.open(buffer).convert("RGB")
-    small = small.quantize(256, palette, dither=PIL.Dither.NONE)
+    small = small.quantize(192, palette, dither=PIL.Dither.NONE)
     buffer = io.BytesIO()
     small.save(buffer, "PNG", optimize=True)
     display(Image(buffer.getvalue()))

@@ -367,7 +367,7 @@ def test_a_notebook_teaches_question_prediction_seeing_three_exercises_and_asser
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_a_notebook_is_committed_small_executed_and_clean(path):
-    assert path.stat().st_size <= 500 * 1024
+    assert path.stat().st_size <= 500_000
     numbers = [cell["execution_count"] for cell in cells(path)]
     assert numbers == list(range(1, len(numbers) + 1))
     images = 0
