@@ -233,7 +233,7 @@ SYSTEMS = (
 )
 QUESTION = (
     FIX_BACKBONE,
-    ETRIS,
+    etris("ETRIS", traffic=True),  # the same runs as in TALK
     # not in the paper: parts of the way closed (methods/arms.py)
     Row(name="mute", tuning="bridger+mute"),
     Row(name="text only", tuning="bridger+text-only"),

@@ -182,10 +182,14 @@ SHIPPED = [path for path in sorted((ROOT / "weights").glob("*.pt")) if path.stem
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_shipped_checkpoint_is_small_holds_no_folders_and_is_on_the_model_card(path):
-    """Trained tensors in half precision, without an optimizer."""
+    """Trained tensors in half precision where their values fit, without an optimizer."""
     file = read_checkpoint(path)
     assert file["training"] is None
-    assert {x.dtype for x in file["tuned"].values()} <= {torch.float16, torch.int64}
+    for x in file["tuned"].values():
+        if x.dtype == torch.float32:
+            assert x.abs().max() > torch.finfo(torch.float16).max
+        else:
+            assert x.dtype in (torch.float16, torch.int64)
     assert path.stat().st_size < 4_000_000
     assert not [value for value in file["args"].values() if str(value).startswith(("/", "\\"))]
     card = (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
