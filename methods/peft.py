@@ -258,7 +258,7 @@ def insert_prompt_slots(tokens, count: int, max_length: int):
     kept = longer[:, :max_length].clone()
     end_position = longer.argmax(-1)  # the end mark is the largest id
     end_lost = end_position >= max_length
-    kept[end_lost, -1] = longer.amax(-1)[end_lost]
+    kept[:, -1] = torch.where(end_lost, longer.amax(-1), kept[:, -1])
     return kept
 
 
