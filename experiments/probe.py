@@ -54,6 +54,7 @@ STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)  # beside 0 (none) and 1 (both)
 PARTNERS = ("other sentence", "sentence of another image", "other image")
 RESAMPLINGS = 2000
 RIDGE = 1e-3  # of the features' mean variance
+CHANCE = 50  # AUC of a guess, percent
 OBJECTS_PER_BATCH = 16
 HEAT_MAPS = 4  # examples in the figure
 
@@ -530,42 +531,67 @@ def drop_cell(row) -> str:
     return f"{row['drop']:.1f} ({row['low']:.1f} … {row['high']:.1f})"
 
 
+LABELS = {
+    "none": "neither Δ",
+    "image only": "only Δv, into the image encoder",
+    "text only": "only Δt, into the text encoder",
+    "other sentence": "Δv: another sentence, same image",
+    "sentence of another image": "Δv: a sentence of another image",
+    "other image": "Δt: another image",
+}
+
+
 def draw(rows, path):
     """Three panels: what each row loses, the curve over strengths, the probe with and without."""
     from matplotlib.figure import Figure
 
     figure = Figure((12, 3.8), layout="constrained")
-    drops, curve, probe = figure.subplots(1, 3)
-    named = [row for row in rows if "drop" in row and not row["row"].startswith("strength")]
-    labels = [row["row"] for row in named]
+    drops, curve, probe = figure.subplots(1, 3, width_ratios=(1.1, 1, 1))
+    draw_drops(drops, rows)
+    draw_strengths(curve, rows)
+    draw_probe(probe, rows)
+    write_file(path, png(figure, dpi=120))
+
+
+def draw_drops(axis, rows):
+    """A bar for each stream that is cut and each partner that is swapped."""
+    named = [row for row in rows if row["row"] in LABELS or row["row"].startswith("stage")]
     values = [row["drop"] for row in named]
     errors = [
         [row["drop"] - row["low"] for row in named],
         [row["high"] - row["drop"] for row in named],
     ]
-    colors = ["tab:orange" if label in PARTNERS else "tab:blue" for label in labels]
-    drops.barh(labels, values, xerr=errors, color=colors)
-    drops.invert_yaxis()
-    drops.axvline(0, color="black", linewidth=0.8)
-    drops.set(xlabel="mIoU lost", title="blue: a stream cut; orange: a partner swapped")
+    labels = [LABELS.get(row["row"], f"only the bridge after {row['row']}") for row in named]
+    colors = ["tab:orange" if row["row"] in PARTNERS else "tab:blue" for row in named]
+    axis.barh(labels, values, xerr=errors, color=colors)
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xlabel("mIoU lost, points")
+    axis.set_title("blue: a part cut · orange: a partner swapped", fontsize=10)
 
+
+def draw_strengths(axis, rows):
+    """mIoU over the factor by which Δv and Δt are scaled."""
     strengths = {"none": 0.0, "both": 1.0}
     strengths |= {f"strength {strength:g}": strength for strength in STRENGTHS}
     points = sorted((strengths[row["row"]], row["mIoU"]) for row in rows if row["row"] in strengths)
-    curve.plot(*zip(*points, strict=True), marker="o")
-    curve.set(xlabel="strength of Δv and Δt", ylabel="mIoU", title="0: plain CLIP, 1: as trained")
+    axis.plot(*zip(*points, strict=True), marker="o")
+    axis.set(xlabel="strength of Δv and Δt (1: as trained)", ylabel="mIoU")
+    axis.set_title("the Bridger turned up and down", fontsize=10)
 
+
+def draw_probe(axis, rows):
+    """AUC after each stage and in the decoder; 50 percent is chance, where the bars begin."""
     probed = [row for row in rows if "AUC" in row]
     places = np.arange(len(probed))
-    probe.bar(
-        places - 0.2, [row["AUC_without"] for row in probed], 0.4, label="without", color="0.7"
-    )
-    probe.bar(places + 0.2, [row["AUC"] for row in probed], 0.4, label="with the bridges")
+    without = [row["AUC_without"] - CHANCE for row in probed]
+    with_bridges = [row["AUC"] - CHANCE for row in probed]
+    axis.bar(places - 0.2, without, 0.4, bottom=CHANCE, label="without", color="0.7")
+    axis.bar(places + 0.2, with_bridges, 0.4, bottom=CHANCE, label="with the Bridger")
     names = [row["row"].removeprefix("probe ") for row in probed]
-    probe.set(xticks=places, xticklabels=names, ylim=(40, 115), ylabel="AUC, percent")
-    probe.set_title("linear probe: is the object here?")
-    probe.legend(loc="upper left", fontsize=8)
-    write_file(path, png(figure, dpi=120))
+    axis.set(xticks=places, xticklabels=names, ylim=(CHANCE, 100), ylabel="AUC, percent")
+    axis.set_title("linear probe: is the object here?", fontsize=10)
+    axis.legend(loc="lower left", fontsize=8, framealpha=1)
 
 
 def draw_heat_maps(examples, dataset, path):
