@@ -429,8 +429,9 @@ def report(file) -> str:
     if "difference" in file:
         parts.append(question_table(file["difference"]))
         parts.append(arms_table(file["runs"]))
-    if file["table"] == "talk":
-        parts.append(talk_table(file["runs"]))
+    with_traffic = [run for run in file["runs"] if "traffic" in run]
+    if with_traffic:
+        parts.append(talk_table(with_traffic))
     if file["table"] == "systems":
         parts.append(published())
     return "\n".join(parts)

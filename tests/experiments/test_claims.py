@@ -133,6 +133,19 @@ def test_new_rows_of_the_question_appear_and_decide(folder):
     assert verdicts()[text] == "contradicted"
 
 
+def test_traffic_of_the_questions_etris_counts_over_seeds(folder):
+    """Drops of 1, 2 and 3 points; Δt with another image was not measured, and is not listed."""
+    runs = []
+    for drop in (1.0, 2.0, 3.0):
+        traffic = [{"row": "none", "drop": 9.0}, {"row": "other sentence", "drop": drop}]
+        runs.append({"row": "ETRIS", "steps": 600, "mIoU": 50.0, "traffic": traffic})
+    (folder / "results").mkdir()
+    (folder / "results" / "question.json").write_text(json.dumps({"runs": runs}))
+    [found] = claims.traffic_over_seeds()
+    assert (found.mean, found.seeds, found.steps) == (2.0, 3, 600)
+    assert found.low == pytest.approx(2 - 4.303 / 3**0.5, abs=1e-3)
+
+
 def test_a_longer_run_of_a_pair_is_preferred(folder):
     write_runs(folder, "table2", ETRIS=[30, 30, 30], CoOp=[36, 37, 38], LoRA=[20, 21, 22])
     write_runs(folder, "question", ETRIS=[50, 50, 50], CoOp=[45, 46, 47])
