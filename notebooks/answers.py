@@ -40,6 +40,7 @@ START = {
             (50, "divide by the pixels in either mask, not by those of one mask"),
             (25, "the pixels in both masks are counted once in the union"),
             (1 / 3, "in percent"),
+            (33, "not rounded so far: to one decimal"),
         ],
         hint="pixels in both masks, over pixels in at least one of them, in percent",
     ),
@@ -88,6 +89,7 @@ CLIP = {
         right=(1024, 26, 26),
         wrong=[
             ((512, 52, 52), "that is stage 0, layer2"),
+            ((256, 26, 26), "the side is right; the channels are the tiny one's, of width 16"),
             (
                 (256, 8, 8),
                 "that is the tiny CLIP at 128 pixels; RN101 is four times as wide, 416 / 16 = 26",
@@ -408,12 +410,18 @@ def loss_of_hard_targets(z, mask):
     return F.binary_cross_entropy_with_logits(z, (mask > 0.5).float())
 
 
+def loss_of_two_cases(z, mask):
+    """Equation 11 to the letter: what is not all object counts as background."""
+    return F.binary_cross_entropy_with_logits(z, (mask == 1).float())
+
+
 DECODER = {
     "03 never learn": Exercise(
         right=394_752,
         wrong=[
             (393_216, "queries and keys have biases too"),
             (197_376, "both what makes queries and what makes keys: twice that"),
+            (24_960, "that is width 64, and the rule is right: now width 256"),
         ],
         hint="per gate: the rows of weight and bias that make queries, and those that make keys",
     ),
@@ -441,6 +449,7 @@ DECODER = {
             (summed_loss, "equation 10 is the mean"),
             (loss_of_the_object, "the pixel positions beside the object count too"),
             (loss_of_hard_targets, "a target between the two counts in both cases, with its share"),
+            (loss_of_two_cases, "a target between the two is no background: it has both shares"),
         ],
         hint="weigh the two cases of equation 11 by the target and by what it lacks to 1; the mean",
         on=(
@@ -487,6 +496,11 @@ def unpaired_gain(a, b):
     return np.mean(a) - np.mean(b), variance**0.5
 
 
+def gain_with_numpys_deviation(a, b):
+    gains = a - b
+    return gains.mean(), gains.std() / len(gains) ** 0.5
+
+
 def gain_and_deviation(a, b):
     gains = a - b
     return gains.mean(), gains.std(ddof=1)
@@ -521,6 +535,7 @@ FIGURE_3 = {
                 "take the differences first: what makes a sentence hard for both drops out",
             ),
             (gain_and_deviation, "the error of a mean of n is smaller by √n"),
+            (gain_with_numpys_deviation, "numpy's std divides by n unless it is told otherwise"),
         ],
         hint="subtract sentence by sentence first, then mean and standard deviation / √n",
         on=(

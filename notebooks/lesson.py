@@ -32,6 +32,7 @@ from utils.tokenizer import is_blank, tokenize
 
 # Okabe and Ito's colors, which color-blind readers tell apart
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
+FOUND = "#C2127F"  # the edge of what a model marks; the truth's edge is white on black
 plt.rcParams["figure.dpi"] = 120
 plt.rcParams["font.size"] = 9
 plt.rcParams["image.interpolation"] = "nearest"
@@ -115,11 +116,12 @@ def typical_reason(yours, exercise) -> str | None:
 def difference(yours, expected) -> str | None:
     """None where they agree, else the difference in words.
 
-    Whole numbers agree to 0.0001, others to a thousandth.
+    Whole numbers agree to 0.0001, others to a thousandth; words without their article.
     """
     if isinstance(expected, str):
-        same = str(yours).strip().lower() == expected.lower()
-        return None if same else "another word was expected"
+        return None if bare(yours) == bare(expected) else "another of the answers was expected"
+    if isinstance(expected, set) and isinstance(yours, str | int | float):
+        return "give a set: {…}"
     if isinstance(expected, set):
         same = isinstance(yours, set | list | tuple | range) and set(yours) == expected
         return None if same else "other elements"
@@ -135,6 +137,11 @@ def difference(yours, expected) -> str | None:
         return numeric_difference(as_array(yours), as_array(expected))
     except (TypeError, ValueError, RuntimeError):
         return f"{type(yours).__name__} cannot be compared with numbers"
+
+
+def bare(words) -> str:
+    """The Decoder → decoder."""
+    return str(words).strip().lower().removeprefix("the ").removeprefix("a ")
 
 
 def difference_of_results(yours, expected) -> str | None:
@@ -160,7 +167,8 @@ def numeric_difference(yours, expected) -> str | None:
         return None
     largest = float(np.abs(yours - expected).max())
     is_whole = np.array_equal(expected, expected.round())
-    tolerance = 1e-4 if is_whole else 1e-3 * float(np.abs(expected).max())
+    # a trifle over a thousandth: 33.3 is a third of 100 to one decimal
+    tolerance = 1e-4 if is_whole else 1.001e-3 * float(np.abs(expected).max())
     if largest <= tolerance:
         return None
     if yours.ndim == 0:
@@ -180,13 +188,15 @@ def short(x) -> str:
 def show(figure, palette=PIL.Quantize.MAXCOVERAGE):
     """Put a figure below the cell, in 192 colors: noise in drawn scenes makes full PNGs large.
 
-    palette: how they are chosen; MEDIANCUT keeps the color of most pixels exactly.
+    palette: how they are chosen; MEDIANCUT keeps the color of most pixels exactly; it is refined,
+    so that narrow color bars keep theirs.
     """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight")
     plt.close(figure)
     small = PIL.open(buffer).convert("RGB")
-    small = small.quantize(192, palette, dither=PIL.Dither.NONE)
+    refine = 3 if palette == PIL.Quantize.MEDIANCUT else 0
+    small = small.quantize(192, palette, kmeans=refine, dither=PIL.Dither.NONE)
     buffer = io.BytesIO()
     small.save(buffer, "PNG", optimize=True)
     display(Image(buffer.getvalue()))
@@ -205,13 +215,18 @@ def grid(count, columns=None, side=2.2):
 
 
 def title(axis, text, width=26):
-    axis.set_title(textwrap.fill(str(text), width), fontsize=9, parse_math=False)
+    lines = [textwrap.fill(line, width) for line in str(text).split("\n")]
+    axis.set_title("\n".join(lines), fontsize=9, parse_math=False)
 
 
-def outline(axis, mask):
-    """A mask's edge, visible on any color."""
+def outline(axis, mask, found=False):
+    """A mask's edge: of the truth white on black, visible on any color; of what is found FOUND."""
     mask = np.asarray(mask, float)
-    if mask.any():
+    if not mask.any():
+        return
+    if found:
+        axis.contour(mask, [0.5], colors=[FOUND], linewidths=[1.2])
+    else:
         axis.contour(mask, [0.5], colors=["black"], linewidths=[3])
         axis.contour(mask, [0.5], colors=["white"], linewidths=[1.2])
 
@@ -449,10 +464,21 @@ def pca_colors(features, count=None):
 
 
 def spotlight(image, mask):
-    """The image (H, W, 3), 0..1, in full color inside the mask (H, W) and pale gray elsewhere."""
+    """The image (H, W, 3), 0..1: in color where mask (H, W), with a FOUND edge; else light gray."""
     image = np.asarray(image) / 255
-    pale = 0.25 + 0.25 * image
-    return np.where(np.asarray(mask)[..., None], image, pale)
+    mask = np.asarray(mask, bool)
+    gray = image.mean(-1, keepdims=True)
+    pale = 0.58 + 0.16 * (gray + image)  # with a trace of color, else some things vanish
+    shown = np.where(mask[..., None], image, pale)
+    shown[around(mask)] = matplotlib.colors.to_rgb(FOUND)
+    return shown
+
+
+def around(mask):
+    """The pixels outside a mask (H, W) that touch it: its edge, a line wide."""
+    padded = np.pad(mask, 1)
+    beside = padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+    return beside & ~mask
 
 
 def compare(images, titles, masks_by_row, targets=None, caption="", side=1.8):
@@ -544,9 +570,7 @@ def with_and_without(probes, image, without, seen, stage, strength):
         axes[0].imshow(color)
         axes[0].set_ylabel(name)
         drawn = axes[1].imshow(probe_map(probes[stage], one[stage]), vmin=0, vmax=0.8)
-        mask = one["mask"] > THRESHOLD
-        axes[2].imshow(spotlight(image, mask))
-        outline(axes[2], mask)
+        axes[2].imshow(spotlight(image, one["mask"] > THRESHOLD))
         for axis in axes:
             axis.set(xticks=[], yticks=[])
     rows[0, 0].set_title(f"{stage}: features")
@@ -555,6 +579,32 @@ def with_and_without(probes, image, without, seen, stage, strength):
     bar = figure.add_axes((0.38, 0.085, 0.28, 0.02))
     figure.colorbar(drawn, bar, orientation="horizontal", label="0 no … 1 yes")
     return figure
+
+
+def every_stage(probes, image, mask, without, seen):
+    """A figure: features and probe map of every stage, without the Bridger and with it.
+
+    mask: the object (H, W), outlined on the probes' maps. Features have one code of colors a stage.
+    """
+    figure, axes = plt.subplots(4, len(STAGES), figsize=(7.2, 6.4), layout="constrained")
+    height, width = image.shape[:2]
+    extent = (0, width, height, 0)  # coarse maps lie over the image
+    for column, stage in zip(axes.T, STAGES, strict=True):
+        pair = (without[stage], seen[stage])
+        title(column[0], f"{stage}: {pair[0].shape[-1]} × {pair[0].shape[-1]}")
+        for axis, color in zip(column[:2], pca_colors(pair, count=1), strict=True):
+            axis.imshow(color, extent=extent)
+        for axis, one in zip(column[2:], pair, strict=True):
+            found = probe_map(probes[stage], one)
+            drawn = axis.imshow(found, vmin=0, vmax=0.8, extent=extent)
+            outline(axis, mask)
+    names = ("features, without", "features, with", "probe, without", "probe, with")
+    for axis, name in zip(axes[:, 0], names, strict=True):
+        axis.set_ylabel(name)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    figure.colorbar(drawn, ax=axes[2:], label="0 no … 1 yes", shrink=0.8, pad=0.01)
+    show(figure)
 
 
 class Player:

@@ -25,7 +25,7 @@ from utils.tokenizer import tokenize
 pytest.importorskip("IPython", reason="the notebooks need jupyter")
 FOLDER = ROOT / "notebooks"
 sys.path.insert(0, str(FOLDER))
-import matplotlib  # noqa: E402
+import matplotlib.colors  # noqa: E402
 
 matplotlib.use("Agg")
 import lesson  # noqa: E402
@@ -181,6 +181,19 @@ def test_answers_may_come_as_list_tensor_or_array(capsys):
         assert lesson.check("02 not causal", answer) is True
 
 
+def test_a_rounded_number_and_a_word_with_its_article_are_right(capsys):
+    assert lesson.check("00 IoU", 33.3) is True
+    assert lesson.check("00 IoU", 33.2) is False
+    assert lesson.check("00 who reads", "the Decoder") is True
+    assert lesson.check("04 what is Δt", "text adapter") is True
+
+
+def test_a_word_or_a_number_where_a_set_is_asked_for_is_told_so(capsys):
+    for name, answer in (("03 same sentence feature", "words"), ("01 causal", 2)):
+        assert lesson.check(name, answer) is False
+        assert "give a set" in capsys.readouterr().out
+
+
 # --------------------------------------------------------------------------------------- solutions
 def first_exercise(block):
     return (re.findall(r'check\("([^"]+)"', block) or ["?"])[0]
@@ -221,6 +234,19 @@ def test_compare_has_a_row_for_each_model_a_title_for_each_image_and_one_caption
     assert figure.get_supxlabel() == "what is outlined"
     outlines = [len(axis.collections) for axis in figure.axes]
     assert outlines[0] > 0 == outlines[2]  # nothing is meant: nothing to outline
+
+
+def test_a_spotlight_keeps_what_is_marked_and_draws_its_edge_outside_of_it():
+    image = np.zeros((6, 6, 3), np.uint8)
+    image[..., 0] = 200
+    mask = np.zeros((6, 6), bool)
+    mask[2:4, 2:4] = True
+    shown = lesson.spotlight(image, mask)
+    assert np.allclose(shown[mask], image[mask] / 255)
+    edge = np.allclose(shown[1, 2], matplotlib.colors.to_rgb(lesson.FOUND))
+    assert edge and not np.allclose(shown[1, 1], shown[1, 2])  # a corner does not touch it
+    assert shown[0, 0].min() > 0.55 and np.ptp(shown[0, 0]) < 0.2  # pale elsewhere
+    assert np.ptp(lesson.spotlight(image, ~mask & mask), axis=(0, 1)).max() == 0  # nothing marked
 
 
 def test_a_bridger_of_ones_own_takes_the_shipped_weights_and_the_place_of_the_shipped(
