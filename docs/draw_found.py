@@ -2,7 +2,7 @@
 
     python -m docs.draw_found
 
-Left the image, right the found object outlined and lit, above the sentence, below the IoU.
+Left the image, right what was found: in color, with a magenta edge. Above the sentence, below IoU.
 The scenes are the first six of the test split with their first sentences, not a choice.
 """
 
@@ -24,10 +24,10 @@ COLUMNS = 3
 
 
 def spotlight(image, mask):
-    """The image, dimmed and without color outside the mask: uint8 (H, W, 3)."""
+    """The image, pale outside the mask: uint8 (H, W, 3)."""
     gray = image.mean(axis=2, keepdims=True)
-    dimmed = 0.35 * (0.3 * image + 0.7 * gray)
-    return np.where(mask[:, :, None], image, dimmed).astype(np.uint8)
+    pale = 148 + 0.16 * (image + gray)
+    return np.where(mask[:, :, None], image, pale).astype(np.uint8)
 
 
 def draw_pair(left, right, scene, mask, score):
@@ -35,8 +35,7 @@ def draw_pair(left, right, scene, mask, score):
     left.imshow(scene.image)
     right.imshow(spotlight(scene.image, mask))
     if mask.any():
-        right.contour(mask, [0.5], colors=["black"], linewidths=[3])
-        right.contour(mask, [0.5], colors=["white"], linewidths=[1.5])
+        right.contour(mask, [0.5], colors=["#C2127F"], linewidths=[1.2])
     left.set_title(f"“{scene.sentences[0]}”", fontsize=10, loc="left")
     right.set_xlabel(f"IoU {score:.2f}", fontsize=10)
     for axis in (left, right):

@@ -99,6 +99,15 @@ def overlay(image, masks, sentences) -> bytes:
     return png(figure, bbox_inches="tight", pil_kwargs={"compress_level": 1})
 
 
+def outline(axis, mask):
+    """The edge of a true mask, white on black, to be seen on any color."""
+    mask = shrink_mask(mask)
+    # an outline needs two pixels each way, and something on either side of it
+    if min(mask.shape) > 1 and mask.min() < 0.5 < mask.max():
+        axis.contour(mask, [0.5], colors=["black"], linewidths=[3])
+        axis.contour(mask, [0.5], colors=["white"], linewidths=[1.2])
+
+
 def contact_sheet(samples, out):
     """Write a PNG: four images in a row, their objects outlined, their sentences below."""
     from matplotlib.figure import Figure
@@ -108,12 +117,7 @@ def contact_sheet(samples, out):
     for number, sample in enumerate(samples, start=1):
         axis = figure.add_subplot(rows, 4, number)
         axis.imshow(shrink(sample.image))
-        mask = shrink_mask(sample.mask)
-        # an outline needs two pixels each way, and something on either side of it
-        if min(mask.shape) > 1 and mask.min() < 0.5 < mask.max():
-            # two outlines, to be seen on any color
-            axis.contour(mask, [0.5], colors=["black"], linewidths=[3])
-            axis.contour(mask, [0.5], colors=["white"], linewidths=[1])
+        outline(axis, sample.mask)
         axis.text(
             0.5,
             -0.03,
@@ -154,7 +158,7 @@ def draw_curves(out):
 
 
 def draw_pairs(samples, predictions, path):
-    """Write a PNG: each sample's first sentence and mask above, what a model predicts below.
+    """Write a PNG: each sample's first sentence and outlined object above, what is found below.
 
     predictions: one bool (H, W) per sample.
     """
@@ -163,16 +167,17 @@ def draw_pairs(samples, predictions, path):
     figure = Figure((2.6 * len(samples), 5.6), layout="constrained")
     axes = figure.subplots(2, len(samples), squeeze=False)
     for column, (sample, prediction) in enumerate(zip(samples, predictions, strict=True)):
-        draw_mask(axes[0, column], sample.image, sample.mask, sample.sentences[0])
-        draw_mask(axes[1, column], sample.image, prediction, "predicted")
+        draw_image(axes[0, column], sample.image, sample.sentences[0])
+        outline(axes[0, column], sample.mask)
+        draw_image(axes[1, column], sample.image, "predicted")
+        tint = np.ma.masked_equal(shrink_mask(prediction) > 0.5, False)
+        axes[1, column].imshow(tint, cmap="spring", alpha=0.6, interpolation="nearest")
     write_file(path, png(figure, dpi=90))
 
 
-def draw_mask(axis, image, mask, title):
-    """Draw an image on a matplotlib axis, with the mask tinted and a title above."""
-    tint = np.ma.masked_equal(shrink_mask(mask) > 0.5, False)
+def draw_image(axis, image, title):
+    """Draw an image on a matplotlib axis, with a title above."""
     axis.imshow(shrink(image))
-    axis.imshow(tint, cmap="spring", alpha=0.6, interpolation="nearest")
     axis.set_title(label(title, 32), fontsize=8, parse_math=False)
     axis.axis("off")
 
