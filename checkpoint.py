@@ -190,14 +190,14 @@ def restore_trainable(model, file, path):
         )
     stored = file["tuned"]
     expected = model.trainable_state_dict()
-    wrong = set(stored) ^ set(expected)
+    mismatched = set(stored) ^ set(expected)
     for name in set(stored) & set(expected):
         if stored[name].shape != expected[name].shape or not stored[name].isfinite().all():
-            wrong.add(name)
-    if wrong:
+            mismatched.add(name)
+    if mismatched:
         raise UserError(
-            f"{path}: {len(wrong)} tensors do not fit this model or are not finite, "
-            f"{min(wrong)} first: give another file"
+            f"{path}: {len(mismatched)} tensors do not fit this model or are not finite, "
+            f"{min(mismatched)} first: give another file"
         )
     model.load_state_dict(stored, strict=False)
 

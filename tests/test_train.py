@@ -112,8 +112,8 @@ class NoUpdate:
 
 
 def test_a_run_leaves_the_folder_that_the_readme_promises(tmp_path):
-    """args, log with provenance first, checkpoints, curves, pictures by epoch, result with metrics
-    and minutes.
+    """args, log with provenance first, checkpoints, curves, predictions by epoch, result with
+    metrics and minutes.
     """
     checkpoint = run(tmp_path / "a", "--steps", 4)
     files = {path.name for path in (tmp_path / "a").iterdir()}
@@ -292,7 +292,7 @@ def test_a_folders_split_is_validated_whole(tmp_path):
 
 
 def test_only_a_split_that_is_not_there_is_replaced(refer_tree, capsys):
-    """RefCOCO without testA: tested on val, and said. With a picture of val missing: an error
+    """RefCOCO without testA: tested on val, and said. With an image of val missing: an error
     before any training.
     """
     args = train.arguments(["--dataset", "refcoco", "--data", str(refer_tree)])
