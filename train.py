@@ -53,12 +53,12 @@ def arguments(argv=None) -> argparse.Namespace:
     model.add_argument("--words", type=integer(), help="tokens per sentence (17; RefCOCOg 22)")
     model.add_argument("--dropout", type=float, help="probability (preset)")
 
-    source = parser.add_argument_group("Data")
-    source.add_argument("--dataset", default="scenes", help=f"{DATASETS} (scenes)")
-    source.add_argument("--data", metavar="DIR", help="the folder that prepare.py filled (data)")
-    source.add_argument("--limit", type=integer(), help="the first N objects of every split only")
-    source.add_argument("--overfit", type=integer(), help="train and validate on N large objects")
-    source.add_argument("--workers", type=integer(0, 64), help="loading processes (0; 8 on a GPU)")
+    inputs = parser.add_argument_group("Data")
+    inputs.add_argument("--dataset", default="scenes", help=f"{DATASETS} (scenes)")
+    inputs.add_argument("--data", metavar="DIR", help="the folder that prepare.py filled (data)")
+    inputs.add_argument("--limit", type=integer(), help="the first N objects of every split only")
+    inputs.add_argument("--overfit", type=integer(), help="train and validate on N large objects")
+    inputs.add_argument("--workers", type=integer(0, 64), help="loading processes (0; 8 on a GPU)")
 
     optim = parser.add_argument_group("Optimization")
     optim.add_argument("--epochs", type=integer(), help="passes over the data (preset)")

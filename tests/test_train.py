@@ -222,7 +222,7 @@ def test_a_finished_run_is_moved_aside_not_overwritten(tmp_path):
 
 
 def test_the_checkpoint_gives_the_model_that_was_trained(tmp_path):
-    """Loading builds the frozen CLIP anew and adds the tuned tensors: the same logits."""
+    """Loading builds the frozen CLIP anew and adds the trained tensors: the same logits."""
     run(tmp_path / "a", "--steps", 2)
     model = load_checkpoint(tmp_path / "a" / "last.pt")
     again = load_checkpoint(tmp_path / "a" / "last.pt")
@@ -350,23 +350,23 @@ def test_words_are_at_least_start_one_piece_and_end():
 
 
 def test_what_is_trained_and_what_is_frozen_is_counted_by_part(tmp_path, capsys):
-    """One line a part, the sums below: of CLIP only its positions are tuned, of everything else
+    """One line a part, the sums below: of CLIP only its positions train, of everything else
     all.
     """
     run(tmp_path / "a", "--steps", 1)
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if " trainable" in line]
     found = {
-        name: (int(tuned.replace(",", "")), int(frozen.replace(",", "")))
-        for name, tuned, _, frozen, _ in lines
+        name: (int(trainable.replace(",", "")), int(frozen.replace(",", "")))
+        for name, trainable, _, frozen, _ in lines
     }
     model = load_checkpoint(tmp_path / "a" / "last.pt")
     counts = {
         name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
     }
     counts = {name: count for name, count in counts.items() if count}
-    places = sum(p.numel() for p in positional_embeddings(model.clip))
+    positions = sum(p.numel() for p in positional_embeddings(model.clip))
     expected = {name: (count, 0) for name, count in counts.items()} | {
-        "clip": (places, counts["clip"] - places)
+        "clip": (positions, counts["clip"] - positions)
     }
     assert found == expected | {"all": tuple(map(sum, zip(*expected.values(), strict=True)))}
     assert list(found)[-1] == "all" and {
