@@ -251,8 +251,8 @@ def save_checkpoint(path, model, args, training=None):
     write_file(path, buffer.getbuffer())
 
 
-def save_training(path, model, optimizer, scheduler, scaler, state, args):
-    """Write `last.pt`: the model and all that a run needs to go on exactly."""
+def save_training(model, optimizer, scheduler, scaler, state, args):
+    """Write --out's last.pt: the model and all that a run needs to go on exactly."""
     training = {
         "state": {**asdict(state), "minutes": state.total_minutes()},
         "optimizer": optimizer.state_dict(),
@@ -260,7 +260,7 @@ def save_training(path, model, optimizer, scheduler, scaler, state, args):
         "scaler": scaler.state_dict(),
         "random": random_states(),
     }
-    save_checkpoint(path, model, args, training)
+    save_checkpoint(Path(args.out, "last.pt"), model, args, training)
 
 
 def random_states() -> dict:

@@ -360,6 +360,7 @@ def main(argv=None):
         common.seed_all(args.seed + 10**6 * distributed.rank() + state.global_step)
     if distributed.rank() == 0:
         checkpoint.open_run_folder(args, model, distributed.world_size())
+    # `model` is validated and saved; `train_model` shares its weights
     wrapped = distributed.wrap(recompute_decoder(model) if args.recompute else model)
     train_model = compile_if_possible(wrapped, device) if args.compile else wrapped
     samples = data.TrainDataset(train_set, args.size, args.words, args.seed)
@@ -367,8 +368,7 @@ def main(argv=None):
 
     def save():
         if distributed.rank() == 0:
-            last = Path(args.out, "last.pt")
-            checkpoint.save_training(last, model, optimizer, scheduler, scaler, state, args)
+            checkpoint.save_training(model, optimizer, scheduler, scaler, state, args)
 
     stop = common.StopFlag()
     stopping = False
