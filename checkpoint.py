@@ -190,14 +190,14 @@ def restore_trainable(model, file, path):
         )
     stored = file["tuned"]
     expected = model.trainable_state_dict()
-    wrong = set(stored) ^ set(expected)
+    mismatched = set(stored) ^ set(expected)
     for name in set(stored) & set(expected):
         if stored[name].shape != expected[name].shape or not stored[name].isfinite().all():
-            wrong.add(name)
-    if wrong:
+            mismatched.add(name)
+    if mismatched:
         raise UserError(
-            f"{path}: {len(wrong)} tensors do not fit this model or are not finite, "
-            f"{min(wrong)} first: give another file"
+            f"{path}: {len(mismatched)} tensors do not fit this model or are not finite, "
+            f"{min(mismatched)} first: give another file"
         )
     model.load_state_dict(stored, strict=False)
 
@@ -251,8 +251,8 @@ def save_checkpoint(path, model, args, training=None):
     write_file(path, buffer.getbuffer())
 
 
-def save_training(path, model, optimizer, scheduler, scaler, state, args):
-    """Write `last.pt`: the model and all that a run needs to go on exactly."""
+def save_training(model, optimizer, scheduler, scaler, state, args):
+    """Write --out's last.pt: the model and all that a run needs to go on exactly."""
     training = {
         "state": {**asdict(state), "minutes": state.total_minutes()},
         "optimizer": optimizer.state_dict(),
@@ -260,7 +260,7 @@ def save_training(path, model, optimizer, scheduler, scaler, state, args):
         "scaler": scaler.state_dict(),
         "random": random_states(),
     }
-    save_checkpoint(path, model, args, training)
+    save_checkpoint(Path(args.out, "last.pt"), model, args, training)
 
 
 def random_states() -> dict:

@@ -46,7 +46,7 @@ class MultiHeadAttention(nn.Module):
         q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
         k = k.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, M, d)
         v = v.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, heads, N, M)
+        scores = (q @ k.mT) * q.shape[-1] ** -0.5  # (B, heads, N, M)
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, float("-inf"))
         if causal:
@@ -109,10 +109,7 @@ def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
 
 # ---------------------------------------------------------------------------- image encoder: ResNet
 class Bottleneck(nn.Module):
-    """1×1 → 3×3 → 1×1 convolutions with a shortcut.
-
-    Both paths stride by average pooling (CLIP's "anti-aliased" ResNet).
-    """
+    """1×1 → 3×3 → 1×1 convolutions and a shortcut; both stride by average pooling."""
 
     def __init__(self, in_channels: int, width: int, stride: int):
         super().__init__()
@@ -332,10 +329,8 @@ class CLIP(nn.Module):
         super().__init__()
         self.config = config
         self.identity = {}
-        if config.patch_size is None:
-            self.visual = ModifiedResNet(config)
-        else:
-            self.visual = VisionTransformer(config)
+        image_encoder = ModifiedResNet if config.patch_size is None else VisionTransformer
+        self.visual = image_encoder(config)
         width = config.text_width
         heads = max(1, width // 64)
         self.transformer = Transformer(width, config.text_layers, heads, causal=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 
 from clip_model import PIXEL_MEAN, PIXEL_STD
+from config import NOTHING_BELOW
 from toy.scenes import FLAVOURS, SPLITS, Scenes
 from utils.common import SEED, Parser, UserError, as_user_error, command, integer
 from utils.distributed import rank, world_size
@@ -62,10 +63,10 @@ class Sample:
         ids = [*self.sent_ids, self.ref_id, self.image_id]
         if {type(text) for text in texts} != {str} or {type(number) for number in ids} != {int}:
             raise ValueError("sentences and split must be text, ids whole numbers")
-        "".join(texts).encode()  # ValueError: half a character
+        "".join(texts).encode()  # ValueError: a lone surrogate
         np.array(ids, dtype=np.int64)  # OverflowError: more than 64 bits
         count = len(set(self.sent_ids))
-        if not len(self.sentences) == count > 0:
+        if count == 0 or count != len(self.sentences):
             raise ValueError(f"{len(self.sentences)} sentences with {count} different sent_ids")
 
     def load(self) -> "Sample":
@@ -172,7 +173,8 @@ def select_split(name, split, samples, limit, side) -> list[Sample] | Scenes:
         return Scenes(name, split, limit=limit, side=side)
 
     samples = [sample for sample in samples if sample.split == split][:limit]
-    absent = {path for path in {sample.image for sample in samples} if not path.is_file()}
+    images = {sample.image for sample in samples}
+    absent = {path for path in images if not path.is_file()}
     if not absent:
         return samples
     note = min(absent).parents[2] / "missing.txt"  # the image is DIR/images/train2014/x.jpg
@@ -183,7 +185,7 @@ def select_split(name, split, samples, limit, side) -> list[Sample] | Scenes:
         more = f"{min(unknown)} is missing, and {len(unknown) - 1:,} more images"
         raise UserError(f"{more}: get them with `python prepare.py {name} --data DIR`")
     print(f"{name} {split}: leaving out {len(absent):,} images that prepare.py could not get")
-    if len(absent) == len({sample.image for sample in samples}):
+    if len(absent) == len(images):
         raise UserError(f"{name} {split}: none of the {len(samples):,} refs has its image")
     return [sample for sample in samples if sample.image not in absent]
 
@@ -405,7 +407,8 @@ def main(argv=None):
     chosen = np.random.default_rng(args.seed).permutation(len(dataset))[: args.number]
     contact_sheet([dataset[i] for i in sorted(chosen.tolist())], args.out)
     print(f"{dataset.name} {dataset.split} {dataset.counts()}; {len(chosen)} are in {args.out}")
-    print(count_targets(dataset), end="")
+    if dataset.name in NOTHING_BELOW:
+        print(count_targets(dataset), end="")
 
 
 if __name__ == "__main__":

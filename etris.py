@@ -256,8 +256,9 @@ class Projector(nn.Module):
         width = clip.config.text_width
         half = width // 2
         up = nn.Upsample(scale_factor=2, mode="bilinear")
-        convs = conv_bn(width, width, 3), conv_bn(width, half, 3)
-        self.vis = nn.Sequential(up, convs[0], up, convs[1], nn.Conv2d(half, half, 1))
+        conv1 = conv_bn(width, width, 3)
+        conv2 = conv_bn(width, half, 3)
+        self.vis = nn.Sequential(up, conv1, up, conv2, nn.Conv2d(half, half, 1))
         self.txt = nn.Linear(clip.config.embed_dim, half * 9 + 1)
 
     def kernel(self, sentence):
@@ -357,9 +358,8 @@ class ETRIS(nn.Module):
         t = text.stem(tokens)
         previous = None
         maps = []
-        for i, (visual_stage, text_stage) in enumerate(
-            zip(visual.stages, text.stages, strict=True)
-        ):
+        stages = zip(visual.stages, text.stages, strict=True)
+        for i, (visual_stage, text_stage) in enumerate(stages):
             v = visual_stage(v)
             t = text_stage(t)
             self.record(f"visual{i}.before", visual.to_map(v))
@@ -434,7 +434,7 @@ def scale_down_init(model):
     layers = [model.projector.txt]
     for bridge in model.bridger.values():
         weighted = [layer for layer in bridge.zoom_out if hasattr(layer, "weight")]
-        layers += [bridge.linear_out, weighted[-1]]
+        layers += [bridge.linear_out, weighted[-1]]  # the last: a ViT's is a BatchNorm
     for decoder_layer in model.global_alignment.layers:
         layers += [decoder_layer.self_norm, decoder_layer.cross_norm]
     for layer in layers:
@@ -474,15 +474,19 @@ def build_etris(
             positions = resize_positions(clip.visual.positional_embedding.data, side, side)
             clip.visual.positional_embedding = nn.Parameter(positions)
 
-    # before the Bridger, so that a seed gives the same decoder with and without one
-    decoder = HierarchicalAlignment(clip), GlobalAlignment(clip, dropout), Projector(clip)
+    # the decoder before the Bridger, so that a seed gives the same decoder with and without one
+    hierarchical_alignment = HierarchicalAlignment(clip)
+    global_alignment = GlobalAlignment(clip, dropout)
+    projector = Projector(clip)
     branch = None
     if connect and not is_vit:
         branch = conv_bn(clip.visual.channels[2], clip.config.embed_dim)[:2]  # without the ReLU
     if bridge_dropout is None:
         bridge_dropout = dropout
     bridger = build_bridger(clip, width, heads, stages, bridge_dropout)
-    model = ETRIS(clip, bridger, *decoder, branch, size, max_tokens)
+    model = ETRIS(
+        clip, bridger, hierarchical_alignment, global_alignment, projector, branch, size, max_tokens
+    )
 
     for parameter in positional_embeddings(clip):
         parameter.requires_grad_(train_positions)

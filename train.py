@@ -31,7 +31,7 @@ from methods.peft import METHODS
 from predict import draw_predictions
 from toy.scenes import FLAVOURS
 from utils import common, distributed
-from utils.common import SEED, Parser, UserError, integer
+from utils.common import AMP_CHOICES, DEVICE_CHOICES, SEED, Parser, UserError, integer
 from utils.plots import draw_curves
 
 METRICS = ("oIoU", "mIoU", "gIoU", "cIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9")
@@ -53,29 +53,29 @@ def arguments(argv=None) -> argparse.Namespace:
     model.add_argument("--words", type=integer(), help="tokens per sentence (17; RefCOCOg 22)")
     model.add_argument("--dropout", type=float, help="probability (preset)")
 
-    source = parser.add_argument_group("Data")
-    source.add_argument("--dataset", default="scenes", help=f"{DATASETS} (scenes)")
-    source.add_argument("--data", metavar="DIR", help="the folder that prepare.py filled (data)")
-    source.add_argument("--limit", type=integer(), help="the first N objects of every split only")
-    source.add_argument("--overfit", type=integer(), help="train and validate on N large objects")
-    source.add_argument("--workers", type=integer(0, 64), help="loading processes (0; 8 on a GPU)")
+    inputs = parser.add_argument_group("Data")
+    inputs.add_argument("--dataset", default="scenes", help=f"{DATASETS} (scenes)")
+    inputs.add_argument("--data", metavar="DIR", help="the folder that prepare.py filled (data)")
+    inputs.add_argument("--limit", type=integer(), help="the first N objects of every split only")
+    inputs.add_argument("--overfit", type=integer(), help="train and validate on N large objects")
+    inputs.add_argument("--workers", type=integer(0, 64), help="loading processes (0; 8 on a GPU)")
 
     optim = parser.add_argument_group("Optimization")
-    optim.add_argument("--epochs", type=integer(), help="(preset)")
+    optim.add_argument("--epochs", type=integer(), help="passes over the data (preset)")
     optim.add_argument("--steps", type=integer(), help="optimizer steps, instead of --epochs")
     optim.add_argument("--batch-size", type=integer(), help="objects per step (preset)")
     optim.add_argument("--accumulate", type=integer(), default=1, help="micro-batches a step (1)")
     optim.add_argument("--lr", type=float, help="of the decoder; the Bridger's keeps its ratio")
-    optim.add_argument("--schedule", choices=["step", "two-step", "cosine"], help="(preset)")
+    optim.add_argument("--schedule", choices=["step", "two-step", "cosine"], help="decay (preset)")
 
     run = parser.add_argument_group("Run")
-    run.add_argument("--out", default="runs/latest", metavar="DIR", help="(runs/latest)")
+    run.add_argument("--out", default="runs/latest", metavar="DIR", help="of the run (runs/latest)")
     run.add_argument("--resume", nargs="?", const=True, metavar="FILE", help="go on (OUT/last.pt)")
-    run.add_argument("--device", default="auto", choices=common.DEVICE_CHOICES, help="(auto)")
-    run.add_argument("--amp", default="auto", choices=common.AMP_CHOICES, help="format (auto)")
+    run.add_argument("--device", default="auto", choices=DEVICE_CHOICES, help="where to run (auto)")
+    run.add_argument("--amp", default="auto", choices=AMP_CHOICES, help="number format (auto)")
     run.add_argument("--compile", action="store_true", help="torch.compile the training step")
     run.add_argument("--recompute", action="store_true", help="the decoder twice, for memory")
-    run.add_argument("--seed", type=SEED, default=0, help="(0)")
+    run.add_argument("--seed", type=SEED, default=0, help="of all that is random (0)")
     run.add_argument("--deterministic", action="store_true", help="the same run twice, bit for bit")
     return complete(parser.parse_args(argv))
 
@@ -240,10 +240,8 @@ def check_numbers(loss, scaler, state, batch):
         return
     refs = batch["ref_id"].tolist()
     problem = f"the loss is {loss}" if not math.isfinite(loss) else "fp16 gradients overflow"
-    raise NonFiniteLoss(
-        f"{problem} at step {state.global_step}, refs {refs}: lower --lr or use --amp off, "
-        "and go on from the last checkpoint with --resume"
-    )
+    remedy = "lower --lr or use --amp off, and go on from the last checkpoint with --resume"
+    raise NonFiniteLoss(f"{problem} at step {state.global_step}, refs {refs}: {remedy}")
 
 
 class NonFiniteLoss(UserError):
@@ -352,7 +350,7 @@ def main(argv=None):
     common.print_parameters(model)
     if args.overfit:
         print(f"the logit grid's ceiling: mIoU {grid_ceiling(val_set, args.size)['mIoU']:.1f}")
-
+    # the optimizer and the state of the run, new or where --resume goes on
     total_steps = count_steps(args, train_set)
     optimizer = make_optimizer(model, args, device)
     scheduler = make_scheduler(optimizer, args.schedule, total_steps)
@@ -362,6 +360,7 @@ def main(argv=None):
         common.seed_all(args.seed + 10**6 * distributed.rank() + state.global_step)
     if distributed.rank() == 0:
         checkpoint.open_run_folder(args, model, distributed.world_size())
+    # `model` is validated and saved; `train_model` shares its weights
     wrapped = distributed.wrap(recompute_decoder(model) if args.recompute else model)
     train_model = compile_if_possible(wrapped, device) if args.compile else wrapped
     samples = data.TrainDataset(train_set, args.size, args.words, args.seed)
@@ -369,13 +368,12 @@ def main(argv=None):
 
     def save():
         if distributed.rank() == 0:
-            last = Path(args.out, "last.pt")
-            checkpoint.save_training(last, model, optimizer, scheduler, scaler, state, args)
+            checkpoint.save_training(model, optimizer, scheduler, scaler, state, args)
 
     stop = common.StopFlag()
     stopping = False
     try:
-        while state.global_step < total_steps or state.batch_in_epoch > 0:
+        while state.global_step < total_steps or state.batch_in_epoch > 0:  # or still to validate
             # train for one epoch, from where the run stands
             model.train()
             start = state.batch_in_epoch
@@ -386,7 +384,7 @@ def main(argv=None):
                     break
                 batch = data.to_device(batch, device)
                 loss = train_step(train_model, batch, optimizer, scaler, dtype, args.accumulate)
-                loss, stopping = distributed.all_reduce_mean(loss, stop.requested)
+                loss, stopping = distributed.all_reduce_mean(loss, stop.requested)  # of any rank
                 check_numbers(loss, scaler, state, batch)
                 scheduler.step()
                 state.count_step(loss)
@@ -415,7 +413,7 @@ def main(argv=None):
         raise
     finally:
         stop.restore_handlers()
-        del wrapped, train_model
+        del wrapped, train_model  # or DistributedDataParallel outlives its group
         distributed.stop()
 
 

@@ -20,98 +20,132 @@ MORE_STYLE = """
 """
 
 
-def shortcut(start, end, y, height):
-    """A path around what lies between: up, along, down into a plus."""
-    return arrow([(start, y), (start, y - height), (end, y - height), (end, y - 8)])
+class Panel:
+    """Collects the SVG of one panel. Coordinates count from the start of its main line."""
+
+    def __init__(self, x, y):
+        self.x = x
+        self.y = y
+        self.lines = []
+
+    def arrow(self, *points):
+        """Along `points`, pairs (x, y)."""
+        moved = [(self.x + x, self.y + y) for x, y in points]
+        self.lines.append(arrow(moved))
+
+    def flow(self, start, end, y=0):
+        """An arrow to the right."""
+        self.arrow((start, y), (end, y))
+
+    def shortcut(self, start, end):
+        """A path around what lies between: up, along, down into a plus."""
+        self.arrow((start, 0), (start, -46), (end, -46), (end, -8))
+
+    def plus(self, x, y=0):
+        self.lines += plus(self.x + x, self.y + y)
+
+    def text(self, x, y, line, style):
+        self.lines.append(text(self.x + x, self.y + y, line, style))
+
+    def box(self, x, y, size, part, name, sub=""):
+        """A named box of `size` (width, height); (x, y) is the middle of its left edge."""
+        self.lines += box(self.x + x, self.y + y, *size, part, name, sub)
 
 
-def adapter(x, y):
+def adapter(panel):
     """After a layer of a transformer's block, before the shortcut is added."""
-    lines = [shortcut(x + 20, x + 258, y, 46), arrow([(x, y), (x + 36, y)])]
-    lines += box(x + 36, y, 84, 46, FROZEN, "attention", "or MLP")
-    lines.append(arrow([(x + 120, y), (x + 142, y)]))
-    lines += box(x + 142, y, 90, 46, TRAINED, "adapter", "¼ width, GELU")
-    lines += [arrow([(x + 232, y), (x + 250, y)]), *plus(x + 258, y)]
-    lines.append(arrow([(x + 266, y), (x + 290, y)]))
-    return lines
+    panel.shortcut(20, 258)
+    panel.flow(0, 36)
+    panel.box(36, 0, (84, 46), FROZEN, "attention", "or MLP")
+    panel.flow(120, 142)
+    panel.box(142, 0, (90, 46), TRAINED, "adapter", "¼ width, GELU")
+    panel.flow(232, 250)
+    panel.plus(258)
+    panel.flow(266, 290)
 
 
-def compacter(x, y):
+def compacter(panel):
     """The same place; a matrix is a sum of Kronecker products."""
-    lines = [text(x, y - 36, "at the adapters' places; each matrix is", "sub left")]
-    lines += box(x, y, 66, 52, "faded", "W")
-    lines.append(text(x + 82, y + 5, "= Σ", "name"))
-    lines += box(x + 104, y, 34, 34, TRAINED, "A")
-    lines.append(text(x + 152, y + 5, "⊗", "name"))
-    lines.append(text(x + 168, y + 5, "(", "name"))
-    lines += box(x + 176, y, 16, 52, TRAINED, "s")
-    lines += box(x + 200, y, 52, 18, TRAINED, "t")
-    lines.append(text(x + 262, y + 5, ")", "name"))
-    lines.append(text(x + 104, y + 44, "A: 4×4, one set for all layers", "sub left"))
-    return lines
+    panel.text(0, -36, "at the adapters' places; each matrix is", "sub left")
+    panel.box(0, 0, (66, 52), "faded", "W")
+    panel.text(82, 5, "= Σ", "name")
+    panel.box(104, 0, (34, 34), TRAINED, "A")
+    panel.text(152, 5, "⊗", "name")
+    panel.text(168, 5, "(", "name")
+    panel.box(176, 0, (16, 52), TRAINED, "s")
+    panel.box(200, 0, (52, 18), TRAINED, "t")
+    panel.text(262, 5, ")", "name")
+    panel.text(104, 44, "A: 4×4, one set for all layers", "sub left")
 
 
-def conv_adapter(x, y):
+def conv_adapter(panel):
     """Inside a bottleneck of the image encoder."""
-    lines = [shortcut(x + 8, x + 268, y, 46), arrow([(x, y), (x + 16, y)])]
-    lines += box(x + 16, y, 42, 46, FROZEN, "1×1", "conv")
-    lines.append(arrow([(x + 58, y), (x + 74, y)]))
-    lines += box(x + 74, y, 42, 46, FROZEN, "3×3", "conv")
-    lines.append(arrow([(x + 116, y), (x + 132, y)]))
-    lines += box(x + 132, y, 60, 46, TRAINED, "adapter", "1×1")
-    lines.append(arrow([(x + 192, y), (x + 208, y)]))
-    lines += box(x + 208, y, 42, 46, FROZEN, "1×1", "conv")
-    lines += [arrow([(x + 250, y), (x + 260, y)]), *plus(x + 268, y)]
-    lines.append(arrow([(x + 276, y), (x + 292, y)]))
-    return lines
+    panel.shortcut(8, 268)
+    panel.flow(0, 16)
+    panel.box(16, 0, (42, 46), FROZEN, "1×1", "conv")
+    panel.flow(58, 74)
+    panel.box(74, 0, (42, 46), FROZEN, "3×3", "conv")
+    panel.flow(116, 132)
+    panel.box(132, 0, (60, 46), TRAINED, "adapter", "1×1")
+    panel.flow(192, 208)
+    panel.box(208, 0, (42, 46), FROZEN, "1×1", "conv")
+    panel.flow(250, 260)
+    panel.plus(268)
+    panel.flow(276, 292)
 
 
-def lora(x, y):
+def lora(panel):
     """Beside a weight of the attention, on queries and values."""
-    lines = [arrow([(x, y - 18), (x + 88, y - 18)])]
-    lines += box(x + 88, y - 18, 104, 42, FROZEN, "W", "queries, values")
-    lines += [arrow([(x + 192, y - 18), (x + 240, y - 18)]), *plus(x + 248, y - 18)]
-    lines.append(arrow([(x + 256, y - 18), (x + 290, y - 18)]))
-    lines.append(arrow([(x + 30, y - 18), (x + 30, y + 36), (x + 60, y + 36)]))
-    lines += box(x + 60, y + 36, 62, 40, TRAINED, "A", "4 rows")
-    lines.append(arrow([(x + 122, y + 36), (x + 150, y + 36)]))
-    lines += box(x + 150, y + 36, 72, 40, TRAINED, "B", "4 columns")
-    lines.append(arrow([(x + 222, y + 36), (x + 248, y + 36), (x + 248, y - 10)]))
-    return lines
+    above = -18  # the frozen weight's line
+    below = 36  # the line of A and B
+    panel.flow(0, 88, above)
+    panel.box(88, above, (104, 42), FROZEN, "W", "queries, values")
+    panel.flow(192, 240, above)
+    panel.plus(248, above)
+    panel.flow(256, 290, above)
+    panel.arrow((30, above), (30, below), (60, below))
+    panel.box(60, below, (62, 40), TRAINED, "A", "4 rows")
+    panel.flow(122, 150, below)
+    panel.box(150, below, (72, 40), TRAINED, "B", "4 columns")
+    panel.arrow((222, below), (248, below), (248, above + 8))
 
 
-def coop(x, y):
+def coop(panel):
     """Before the sentence's words."""
-    lines = []
-    words = [("start", FROZEN, 40), ("v₁", TRAINED, 26), ("…", TRAINED, 26), ("v₈", TRAINED, 26)]
-    words += [("red", FROZEN, 34), ("circle", FROZEN, 46), ("end", FROZEN, 34)]
-    left = x + 14
-    for word, part, width in words:
-        lines += box(left, y - 22, width, 30, part, word)
+    left = 14
+    for word, part, width in COOP_WORDS:
+        panel.box(left, -22, (width, 30), part, word)
         left += width + 6
-    middle = x + 145
-    lines.append(arrow([(middle, y - 7), (middle, y + 14)]))
-    lines += box(x + 60, y + 36, 170, 42, FROZEN, "text encoder", "all layers")
-    return lines
+    panel.arrow((145, -7), (145, 14))
+    panel.box(60, 36, (170, 42), FROZEN, "text encoder", "all layers")
 
 
-def bridger(x, y):
+def bridger(panel):
     """Between the two encoders, after each stage."""
-    top, bottom = y - 50, y + 40
-    lines = []
-    for lane, name, sub in ((top, "text", "stage i"), (bottom, "image", "stage i")):
-        lines.append(arrow([(x, lane), (x + 16, lane)]))
-        lines += box(x + 16, lane, 70, 38, FROZEN, name, sub)
-        lines += [arrow([(x + 86, lane), (x + 232, lane)]), *plus(x + 240, lane)]
-        lines.append(arrow([(x + 248, lane), (x + 290, lane)]))
-    lines += box(x + 108, y - 5, 152, 34, TRAINED, "bridge i")
-    lines.append(arrow([(x + 128, top), (x + 128, y - 22)]))
-    lines.append(arrow([(x + 128, bottom), (x + 128, y + 12)]))
-    lines.append(arrow([(x + 240, y - 22), (x + 240, top + 8)]))
-    lines.append(arrow([(x + 240, y + 12), (x + 240, bottom - 8)]))
-    return lines
+    top = -50
+    bottom = 40
+    for lane, name in ((top, "text"), (bottom, "image")):
+        panel.flow(0, 16, lane)
+        panel.box(16, lane, (70, 38), FROZEN, name, "stage i")
+        panel.flow(86, 232, lane)
+        panel.plus(240, lane)
+        panel.flow(248, 290, lane)
+    panel.box(108, -5, (152, 34), TRAINED, "bridge i")
+    panel.arrow((128, top), (128, -22))
+    panel.arrow((128, bottom), (128, 12))
+    panel.arrow((240, -22), (240, top + 8))
+    panel.arrow((240, 12), (240, bottom - 8))
 
 
+COOP_WORDS = (
+    ("start", FROZEN, 40),
+    ("v₁", TRAINED, 26),
+    ("…", TRAINED, 26),
+    ("v₈", TRAINED, 26),
+    ("red", FROZEN, 34),
+    ("circle", FROZEN, 46),
+    ("end", FROZEN, 34),
+)
 PANELS = (
     (adapter, "Adapter", "in every block, both encoders"),
     (compacter, "Compacter", "in every block, both encoders"),
@@ -133,14 +167,17 @@ def draw() -> str:
         '<path d="M0 0 L7 3 L0 6 z" fill="#3e4c59"/></marker></defs>',
         f'<rect x="1" y="1" width="{width - 2}" height="{height - 2}" rx="10" class="card"/>',
     ]
-    for number, (panel, name, place) in enumerate(PANELS):
-        left = 11 + PANEL_WIDTH * (number % 3)
-        top = 8 + PANEL_HEIGHT * (number // 3)
-        size = f'width="{PANEL_WIDTH - 8}" height="{PANEL_HEIGHT - 8}"'
+    size = f'width="{PANEL_WIDTH - 8}" height="{PANEL_HEIGHT - 8}"'
+    for number, (draw_method, name, place) in enumerate(PANELS):
+        row, column = divmod(number, 3)
+        left = 11 + PANEL_WIDTH * column
+        top = 8 + PANEL_HEIGHT * row
         lines.append(f'<rect x="{left + 4}" y="{top + 4}" {size} rx="6" class="panel"/>')
         lines.append(text(left + 16, top + 24, name, "title"))
         lines.append(text(left + 16, top + 41, place, "side"))
-        lines += panel(left + 18, top + 122)
+        panel = Panel(left + 18, top + 122)
+        draw_method(panel)
+        lines += panel.lines
     bottom = height - LEGEND / 2 - 4
     lines += box(24, bottom, 18, 14, FROZEN, "")
     lines.append(text(50, bottom + 5, "CLIP, frozen", ""))

@@ -3,8 +3,8 @@
     python -m experiments.benchmark --quick --json rows.json         minutes on two cores
     python -m experiments.benchmark --backbone RN101 --device cuda   one backbone
 
-Plain: the original's modules and number format (fp16 on a GPU). Fast: what train.py does. Variants
-take turns after a round that warms up; numbers are medians. Adam's rate is 0: all steps are alike.
+Plain: the original's modules and number format (fp16 on a GPU). Fast: train.py's. Variants take
+turns; numbers are medians. Adam's rate is 0: all steps are alike.
 """
 
 import gc
@@ -31,24 +31,24 @@ MODELS = [("etris", "RN101"), ("etris", "tiny"), ("barleria", "tiny-vit"), ("det
 
 
 class StepOptions(NamedTuple):
-    """How a step is taken."""
+    """How a step is taken; classes: of fast.py, whose tricks are on."""
 
     dtype: torch.dtype
-    classes: tuple = ()  # of fast.py, whose tricks are on
+    classes: tuple = ()
     channels_last: bool = False
     compile: bool = False
 
 
 def make_ladder(model, device, compiled=False) -> dict[str, StepOptions]:
-    """Name → options. Each rung adds a trick to those before, up to "fast", which train.py is."""
-    rung = StepOptions(torch.float16 if device.type == "cuda" else torch.float32)
-    ladder = {"plain": rung}
+    """Name → options. Each adds a trick to those before, up to "fast", which train.py is."""
+    options = StepOptions(torch.float16 if device.type == "cuda" else torch.float32)
+    ladder = {"plain": options}
     present = {type(module) for module in model.modules()}
     for trick in (*FAST, *FOLDED):
         if trick in present:
-            rung = rung._replace(classes=(*rung.classes, trick))
-            ladder[f"+ {trick.__name__}"] = rung
-    fast = rung._replace(channels_last=True, dtype=pick_dtype(device, "auto")[0])
+            options = options._replace(classes=(*options.classes, trick))
+            ladder[f"+ {trick.__name__}"] = options
+    fast = options._replace(channels_last=True, dtype=pick_dtype(device, "auto")[0])
     ladder["fast"] = fast
     ladder["fast + bf16"] = fast._replace(dtype=torch.bfloat16)
     if compiled:
@@ -134,18 +134,18 @@ def interleave(functions, seconds) -> dict[str, dict]:
 
 
 def step_rows(bench, ladder, seconds) -> list[dict]:
-    """A training step, plain beside fast; then the ladder, each rung against plain."""
+    """A training step, plain beside fast; then the ladder, each variant against plain."""
     steps = {name: partial(bench.step, options) for name, options in ladder.items()}
     compiled = {name: steps.pop(name) for name in ladder if ladder[name].compile}
-    rungs = {}
+    found = {}
     for functions in (steps, compiled):  # apart: after another variant it would compile again
         for name, row in interleave(functions, seconds).items():
             row["memory_mb"] = bench.memory(ladder[name])
-            row["speedup"] = rungs.get("plain", row)["seconds"] / row["seconds"]
-            rungs[name] = row
-    plain = {f"plain_{key}": rungs["plain"][key] for key in ("seconds", "quartiles", "memory_mb")}
-    rows = [{"row": "train_step", **rungs["fast"], **plain}]
-    return rows + [{"row": f"ladder: {name}", **row} for name, row in rungs.items()]
+            row["speedup"] = found.get("plain", row)["seconds"] / row["seconds"]
+            found[name] = row
+    plain = {f"plain_{key}": found["plain"][key] for key in ("seconds", "quartiles", "memory_mb")}
+    rows = [{"row": "train_step", **found["fast"], **plain}]
+    return rows + [{"row": f"ladder: {name}", **row} for name, row in found.items()]
 
 
 def data_row(bench, step_seconds, count=4) -> dict:
@@ -197,11 +197,11 @@ def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--backbone", help="measure this one (RN101 and the tiny ones)")
     parser.add_argument("--system", default="etris", help="with --backbone (etris)")
-    parser.add_argument("--weights", default="random", help="of the frozen backbone (random)")
-    parser.add_argument("--batch-size", type=integer(), help="(preset; large models on a CPU: 2)")
+    parser.add_argument("--weights", default="random", help="of the backbone (random)")
+    parser.add_argument("--batch-size", type=integer(), help="objects (preset; RN101 on a CPU 2)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or mps (the best available)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--compile", action="store_true", help="torch.compile as one more rung")
+    parser.add_argument("--compile", action="store_true", help="one variant more, torch.compile")
     parser.add_argument("--json", metavar="FILE", help="write every row")
     args = parser.parse_args(argv)
     device, reason = pick_device(args.device)

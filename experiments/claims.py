@@ -216,7 +216,9 @@ def claims() -> list[Claim]:
     added = less("table8", "Adapter + ETRIS", "ETRIS")
     added += less("table8", "Conv Adapter + ETRIS", "ETRIS")
     lost = traffic_of_shipped()
-    edges, digits, crowds = of_shipped("edges"), of_shipped("digits"), of_shipped("crowds")
+    edges = of_shipped("edges")
+    digits = of_shipped("digits")
+    crowds = of_shipped("crowds")
     return [
         Claim("the Bridger helps", "table 2", helps, "question", "06, 6.5"),
         Claim("relations and order gain most", "§ 5.2", gain_by_kind(), "question", "06, 6.5"),

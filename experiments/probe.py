@@ -47,7 +47,7 @@ from utils.common import (
     seed_all,
     write_file,
 )
-from utils.plots import png
+from utils.plots import outline, png
 from utils.tokenizer import tokenize
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)  # beside 0 (none) and 1 (both)
@@ -606,7 +606,7 @@ def draw_heat_maps(examples, dataset, path):
     for axes, (sample, heats) in zip(grid, examples, strict=True):
         whole = by_ref[sample.ref_id]
         axes[0].imshow(whole.image)
-        axes[0].contour(whole.mask, [0.5], colors="magenta")
+        outline(axes[0], whole.mask)
         axes[0].set_title(whole.sentences[0], fontsize=7)
         pairs = [(name, strength) for name in names for strength in (0, 1)]
         for axis, (name, strength) in zip(axes[1:], pairs, strict=True):
@@ -623,11 +623,11 @@ def arguments(argv=None):
     parser = Parser(description="What crosses the Bridger of a trained ETRIS?")
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="ours or published")
     parser.add_argument("--dataset", default="scenes", help="as evaluate.py's (scenes)")
-    parser.add_argument("--split", help="(scenes: test; else val)")
+    parser.add_argument("--split", help="which split (scenes: test; else val)")
     parser.add_argument("--data", metavar="DIR", help="the folder prepare.py filled (data)")
     parser.add_argument("--weights", metavar="FILE", help="of the frozen CLIP")
     parser.add_argument("--limit", type=integer(2), default=200, metavar="N", help="objects (200)")
-    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="(the best available)")
+    parser.add_argument("--device", choices=["cpu", "cuda", "mps"], help="which one (the best)")
     parser.add_argument("--json", metavar="FILE", help="write all rows")
     parser.add_argument("--figure", metavar="FILE.png", help="draw the first checkpoint's rows")
     parser.add_argument("--heat-maps", metavar="FILE.png", help="draw what its probe sees")

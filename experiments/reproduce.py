@@ -236,7 +236,7 @@ def train_model(run_args, model, train_set, device, dtype, bar, stop) -> TrainSt
             state.next_epoch()
         if stop.requested:
             break
-    save_training(last, model, optimizer, scheduler, scaler, state, run_args)
+    save_training(model, optimizer, scheduler, scaler, state, run_args)
     if stop.requested:
         raise Stopped(f"at step {state.global_step:,}")
     return state

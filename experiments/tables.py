@@ -70,7 +70,7 @@ ADAPTER = Row(
     tuning="adapter",
     printed=(69.46, 81.05, 69.69, 16.16),
     parameters="2.39M",
-    why="text says both encoders; printed is the picture encoder's share alone, 2,391,904",
+    why="text says both encoders; printed is the image encoder's share alone, 2,391,904",
 )
 CONV_ADAPTER = Row(
     name="Conv Adapter",

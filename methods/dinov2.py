@@ -223,8 +223,8 @@ def build_dino(state: dict, source="these weights", name: str | None = None) -> 
     `name` has.
     """
     errors = (LookupError, RuntimeError, ValueError, TypeError, AttributeError)
-    wrong = f"{source}: not a DINOv2 with registers"
-    with as_user_error(wrong, "give another --weights FILE", errors):
+    problem = f"{source}: not a DINOv2 with registers"
+    with as_user_error(problem, "give another --weights FILE", errors):
         dino = DINO(DinoConfig.from_state_dict(state))
         dino.load_state_dict(state, strict=True)
     if name and dino.config != DINO_CONFIGS[name]:

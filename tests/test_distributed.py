@@ -204,12 +204,12 @@ def test_on_gpus_tuned_norms_see_the_whole_batch_and_frozen_ones_stay(monkeypatc
     """Every BatchNorm2d outside CLIP becomes a SyncBatchNorm with the same tensors."""
     model = build_model("tiny", weights="random", size=64, width=32)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    tuned = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
-    tuned = [name for name in tuned if not name.startswith("clip.")]
+    trained = [n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    trained = [name for name in trained if not name.startswith("clip.")]
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed.dist, "get_backend", lambda: "nccl")
     monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda model: model)
     distributed.wrap(model)
     found = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
-    assert found == tuned and tuned
+    assert found == trained and trained
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())

@@ -383,10 +383,10 @@ def test_gradients_and_moments_lie_as_their_parameters(system):
     file.seek(0)
     resumed = plain_adam(model)
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    for adam in (optimizer, resumed):
+    for copy in (optimizer, resumed):
         for p in learns:
-            assert adam.state[p]["exp_avg"].stride() == p.stride()
-            assert adam.state[p]["exp_avg_sq"].stride() == p.stride()
+            assert copy.state[p]["exp_avg"].stride() == p.stride()
+            assert copy.state[p]["exp_avg_sq"].stride() == p.stride()
 
 
 def test_causal_attention_needs_no_mask_on_the_fast_path(monkeypatch):

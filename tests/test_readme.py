@@ -1,6 +1,7 @@
 """The README and docs/ say what is there: links, commands, the tree, tests, shapes, figures."""
 
 import argparse
+import ast
 import re
 import shlex
 
@@ -141,6 +142,41 @@ def test_every_name_of_the_table_of_equations_is_in_the_code():
             module = re.search(rf"(^|/){part}(\.py|/)", "\n".join(CODE), re.M)
             defined = rf"(class|def) {part}\b|self\.{part}\b"
             assert module or re.search(defined, code), name
+
+
+# ----------------------------------------------------------------------------------------- imports
+def imported_files(path):
+    """Files of the project that a file imports anywhere, and those it imports within functions."""
+    tree = ast.parse(CODE[path])
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inner = {id(node) for function in functions for node in ast.walk(function)}
+    everywhere = set()
+    within = set()
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        files = {f"{name.replace('.', '/')}.py" for name in names} & set(CODE)
+        everywhere |= files
+        if id(node) in inner:
+            within |= files
+    return everywhere, within
+
+
+def test_imports_go_downwards_and_utils_knows_nothing_but_utils():
+    """Files whose imports are placed already are placed in turn; a circle would never be."""
+    waiting = {}
+    for path in CODE:
+        waiting[path], within = imported_files(path)
+        assert not within, f"{path} imports {within} within a function"
+        if path.startswith("utils/"):
+            assert all(name.startswith("utils/") for name in waiting[path]), path
+    while waiting:
+        placed = {path for path, names in waiting.items() if not names & set(waiting)}
+        assert placed, f"a circle of imports among {sorted(waiting)}"
+        waiting = {path: names for path, names in waiting.items() if path not in placed}
 
 
 # ---------------------------------------------------------------------------------------- commands

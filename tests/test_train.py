@@ -112,8 +112,8 @@ class NoUpdate:
 
 
 def test_a_run_leaves_the_folder_that_the_readme_promises(tmp_path):
-    """args, log with provenance first, checkpoints, curves, pictures by epoch, result with metrics
-    and minutes.
+    """args, log with provenance first, checkpoints, curves, predictions by epoch, result with
+    metrics and minutes.
     """
     checkpoint = run(tmp_path / "a", "--steps", 4)
     files = {path.name for path in (tmp_path / "a").iterdir()}
@@ -222,7 +222,7 @@ def test_a_finished_run_is_moved_aside_not_overwritten(tmp_path):
 
 
 def test_the_checkpoint_gives_the_model_that_was_trained(tmp_path):
-    """Loading builds the frozen CLIP anew and adds the tuned tensors: the same logits."""
+    """Loading builds the frozen CLIP anew and adds the trained tensors: the same logits."""
     run(tmp_path / "a", "--steps", 2)
     model = load_checkpoint(tmp_path / "a" / "last.pt")
     again = load_checkpoint(tmp_path / "a" / "last.pt")
@@ -292,7 +292,7 @@ def test_a_folders_split_is_validated_whole(tmp_path):
 
 
 def test_only_a_split_that_is_not_there_is_replaced(refer_tree, capsys):
-    """RefCOCO without testA: tested on val, and said. With a picture of val missing: an error
+    """RefCOCO without testA: tested on val, and said. With an image of val missing: an error
     before any training.
     """
     args = train.arguments(["--dataset", "refcoco", "--data", str(refer_tree)])
@@ -350,23 +350,23 @@ def test_words_are_at_least_start_one_piece_and_end():
 
 
 def test_what_is_trained_and_what_is_frozen_is_counted_by_part(tmp_path, capsys):
-    """One line a part, the sums below: of CLIP only its positions are tuned, of everything else
+    """One line a part, the sums below: of CLIP only its positions train, of everything else
     all.
     """
     run(tmp_path / "a", "--steps", 1)
     lines = [line.split() for line in capsys.readouterr().out.splitlines() if " trainable" in line]
     found = {
-        name: (int(tuned.replace(",", "")), int(frozen.replace(",", "")))
-        for name, tuned, _, frozen, _ in lines
+        name: (int(trainable.replace(",", "")), int(frozen.replace(",", "")))
+        for name, trainable, _, frozen, _ in lines
     }
     model = load_checkpoint(tmp_path / "a" / "last.pt")
     counts = {
         name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
     }
     counts = {name: count for name, count in counts.items() if count}
-    places = sum(p.numel() for p in positional_embeddings(model.clip))
+    positions = sum(p.numel() for p in positional_embeddings(model.clip))
     expected = {name: (count, 0) for name, count in counts.items()} | {
-        "clip": (places, counts["clip"] - places)
+        "clip": (positions, counts["clip"] - positions)
     }
     assert found == expected | {"all": tuple(map(sum, zip(*expected.values(), strict=True)))}
     assert list(found)[-1] == "all" and {

@@ -613,8 +613,8 @@ class _Speaker:
         keys = {i: sign * self.things[i].r * MARGIN / 3 for i in members}
         return word, _rank_scores(keys, 0)
 
-    def landmark(self, hidden=frozenset()) -> tuple[int, str]:
-        """(index, X) of another thing that X alone fits, without the words `hidden`.
+    def landmark(self, forbidden=frozenset()) -> tuple[int, str]:
+        """(index, X) of another thing that X alone fits, without `forbidden` words.
 
         The target itself where there is no such X.
         """
@@ -622,7 +622,7 @@ class _Speaker:
         fits = []
         for name in self.names[i]:
             text, members = name
-            if members == {i} and not hidden & set(text.split()):
+            if members == {i} and not forbidden & set(text.split()):
                 fits.append(name)
         if not fits:
             return self.target, ""
@@ -651,7 +651,7 @@ class _Speaker:
     def same(self, members):
         """X with the same colour/shape/size as the L."""
         attribute = self.pick(("colour", "colour", "shape", "size"))
-        mark, name = self.landmark(HIDDEN[attribute])
+        mark, name = self.landmark(FORBIDDEN_WORDS[attribute])
         text = f"{attribute} as the {name}"
         agree = self.that_share(attribute, mark)
         if attribute == "shape":
@@ -872,7 +872,7 @@ STROKES = (
 for _digit, _stroke in enumerate(STROKES):
     OUTLINES[str(_digit)] = (_digit_points(_stroke), 0.19)
 # words that a landmark with the same colour, shape or size may not be named by
-HIDDEN = {
+FORBIDDEN_WORDS = {
     "colour": set(COLORS),
     "shape": {*SHAPES, *"0123456789"},
     "size": {"small", "big", "large"},

@@ -8,7 +8,6 @@ import json
 import pickle
 from pathlib import Path
 
-from config import NOTHING_BELOW
 from utils.common import READ_ERRORS
 
 REFS_ERRORS = (*READ_ERRORS, pickle.UnpicklingError, AttributeError, MemoryError)
@@ -49,12 +48,10 @@ def objects_of(ref, segmentations, crowds) -> tuple | None:
 
 
 def count_targets(dataset, scenes=1000) -> str:
-    """A line: how many sentences fit nothing, one object, several; "" where all fit one object.
+    """A line: how many sentences fit nothing, one object, several.
 
     Of drawn scenes the first `scenes` are counted, for planning them all takes half a minute.
     """
-    if dataset.name not in NOTHING_BELOW:
-        return ""
     is_drawn = hasattr(dataset.samples, "plan")
     count = min(scenes, len(dataset)) if is_drawn else len(dataset)
     found = {"nothing": 0, "one object": 0, "several": 0}

@@ -25,13 +25,13 @@ def swapped(model) -> int:
 
 
 def test_the_ladder_leads_from_the_plain_path_to_what_training_does(bench):
-    """No trick on the first rung, one more on each; on "fast" modules and layout of train.py."""
+    """No trick in the first variant, one more in each; on "fast" modules and layout of train.py."""
     ladder = make_ladder(bench.model, CPU)
     expected = swapped(train.make_model(bench.args, CPU))
     names = list(ladder)
     climb = [ladder[name] for name in names[: names.index("fast")]]
     assert climb[0] == StepOptions(torch.float32)
-    assert [len(rung.classes) for rung in climb] == list(range(len(climb)))
+    assert [len(options.classes) for options in climb] == list(range(len(climb)))
     assert set(climb[-1].classes) <= {*FAST, *FOLDED}
     conv = bench.model.clip.visual.conv1
 

@@ -363,11 +363,11 @@ OPTIONS = [{}, {"both_ways": True}, {"global_prior": False}, {"released": True}]
 def test_all_that_is_trainable_gets_a_gradient_and_nothing_frozen_moves(options):
     model = small(**options)
     before = {name: x.clone() for name, x in model.clip.state_dict().items()}
-    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
     (loss(model) + model.auxiliary_loss()).backward()
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     dead = [name for name, p in trainable if not p.grad.abs().max() > 0]
-    adam.step()
+    optimizer.step()
     after = model.clip.state_dict()
     moved = {name for name, x in after.items() if not torch.equal(x, before[name])}
     positions = {"positional_embedding", "visual.positional_embedding"}

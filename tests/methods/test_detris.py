@@ -269,11 +269,11 @@ def test_all_that_is_trainable_gets_a_gradient_and_nothing_frozen_moves():
     """
     model = small()
     before = {name: x.clone() for name, x in model.clip.state_dict().items()}
-    adam = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
     loss(model).backward()
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     dead = [name for name, p in trainable if not p.grad.abs().max() > 0]
-    adam.step()
+    optimizer.step()
     assert [name for name in dead if not name.endswith(".conv.bias")] == []
     assert all(torch.equal(x, before[name]) for name, x in model.clip.state_dict().items())
     stored = model.trainable_state_dict()

@@ -187,7 +187,7 @@ def test_lora_equals_its_merged_weight(backbone):
         for name, parameter in model.named_parameters():
             if "parametrizations" in name and "up" in name:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    tuned = logits(model)
+    unmerged = logits(model)
     for module in list(model.modules()):
         for name in list(getattr(module, "parametrizations", {})):
             parametrize.remove_parametrizations(module, name)
@@ -203,8 +203,8 @@ def test_lora_equals_its_merged_weight(backbone):
         else:
             expected = name.endswith(("attnpool.q_proj.weight", "attnpool.v_proj.weight"))
             assert torch.equal(merged[name], x) != expected, name
-    assert torch.equal(logits(model), tuned)
-    assert not torch.equal(tuned, logits(plain))
+    assert torch.equal(logits(model), unmerged)
+    assert not torch.equal(unmerged, logits(plain))
 
 
 def test_coop_inserts_slots_after_the_start_mark():

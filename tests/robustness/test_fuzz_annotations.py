@@ -275,7 +275,10 @@ def save_image(rng, path):
 
 def empty_folder(folder):
     for path in sorted(folder.rglob("*"), reverse=True):
-        path.rmdir() if path.is_dir() else path.unlink()
+        if path.is_dir():
+            path.rmdir()
+        else:
+            path.unlink()
     return folder
 
 

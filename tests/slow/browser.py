@@ -210,7 +210,9 @@ def run_all(page):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shots", type=Path, default=Path("shots"), metavar="DIR")
+    parser.add_argument(
+        "--shots", type=Path, default=Path("shots"), metavar="DIR", help="screenshots (shots)"
+    )
     args = parser.parse_args()
     found = find_browser()
     if isinstance(found, str):
