@@ -410,8 +410,8 @@ def main(argv=None):
         return test_best(args, model, val_set, device, dtype, state)
     except NonFiniteLoss:
         raise
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
-        save()  # a damaged image or a full disk costs no step
+    except Exception:
+        save()  # a damaged image, a full disk or a killed loading process costs no step
         raise
     finally:
         stop.restore_handlers()

@@ -199,6 +199,19 @@ def test_a_new_rate_takes_effect_on_resume_in_every_group(tmp_path):
     assert [line["rate"][0] for line in rates] == pytest.approx([1e-3, 1e-4, 1e-7, 1e-7])
 
 
+def test_a_resumed_optimizer_is_that_of_todays_machine(tmp_path):
+    """A run of a Mac goes on elsewhere: the stored groups said that Adam is not fused."""
+    run(tmp_path / "a", "--epochs", 1)
+    path = tmp_path / "a" / "last.pt"
+    file = read_checkpoint(path)
+    for group in file["training"]["optimizer"]["param_groups"]:
+        group.update(fused=False, eps=1.0)
+    torch.save(file, path)
+    resumed = run(tmp_path / "a", "--epochs", 2, "--resume")
+    groups = resumed["training"]["optimizer"]["param_groups"]
+    assert [(group["fused"], group["eps"]) for group in groups] == [(True, 1e-8)] * 2
+
+
 def test_the_first_resumed_step_uses_the_new_rate(tmp_path, monkeypatch):
     run(tmp_path / "a", "--epochs", 2, "--lr", "1e-3")
     seen = []
@@ -812,3 +825,19 @@ def test_an_image_that_vanishes_while_training_costs_no_step(tmp_path, monkeypat
     assert stop.value.code == 2 and len(error.splitlines()) == 1 and "own/images/" in error
     stopped = read_checkpoint(tmp_path / "a" / "last.pt")["training"]["state"]
     assert (stopped["epoch"], stopped["global_step"]) == (1, 3)
+
+
+@pytest.mark.parametrize("text", ["DataLoader worker (pid 7) is killed by signal: Killed.", "else"])
+def test_whatever_ends_a_run_costs_no_step(tmp_path, monkeypatch, capsys, text):
+    """A loading process that the system kills is one line; another error keeps its traceback."""
+
+    def fail():
+        raise RuntimeError(text)
+
+    call_in_step(monkeypatch, 4, fail)  # in the middle of the second epoch
+    is_killed = text.startswith("DataLoader")
+    with pytest.raises(SystemExit if is_killed else RuntimeError):
+        run(tmp_path / "a", "--steps", 9)
+    error = capsys.readouterr().err
+    assert (len(error.splitlines()) == 1 and "fewer --workers" in error) == is_killed
+    assert step_of(read_checkpoint(tmp_path / "a" / "last.pt")) == 3

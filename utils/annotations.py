@@ -101,6 +101,12 @@ def annotated_image(name, file, stated, upright, split) -> AnnotatedImage:
     )
 
 
+def check_same_way(first, image):
+    """ValueError where one row or file has an image the other way up than another one."""
+    if first.upright != image.upright:
+        raise ValueError(f"{image.name} is annotated as it is stored and as EXIF turns it")
+
+
 def as_file(file):
     """A path as it is, bytes as a file in memory."""
     return io.BytesIO(file) if isinstance(file, bytes) else file
@@ -243,6 +249,12 @@ def original_name(name) -> str:
     if versioned:
         return f"{versioned[1]}.{versioned[2]}"
     return name
+
+
+def is_other_version(image) -> bool:
+    """Whether one of annotations and file is Roboflow's version of a photograph, the other not."""
+    name = base_name(unquote(PureWindowsPath(image.name).as_posix()))
+    return bool(VERSIONED.fullmatch(name)) != bool(VERSIONED.fullmatch(image.file.name))
 
 
 def choose(paths, name) -> Path:

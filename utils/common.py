@@ -91,6 +91,10 @@ def command(main):
         except (MemoryError, torch.OutOfMemoryError) as error:
             reason = str(error).partition(". ")[0] or "out of memory"
             line = f"{reason}: lower --batch-size, --size or --limit, or raise --accumulate"
+        except RuntimeError as error:
+            line = f"{error}: give fewer --workers, or 0; in a container, more shared memory"
+            if not line.startswith("DataLoader worker"):  # one that the system has killed
+                raise
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -256,7 +260,9 @@ def git_commit() -> str:
     """
     if not (ROOT / ".git").exists():
         return "unknown"
-    describe = ["git", "describe", "--always", "--dirty"]
+    # named, lest git takes another one: above this folder, or of a hook's GIT_DIR
+    repository = [f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}"]
+    describe = ["git", *repository, "describe", "--always", "--dirty"]
     try:
         result = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
     except OSError:  # no git on this machine
