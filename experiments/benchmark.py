@@ -48,8 +48,7 @@ def make_ladder(model, device, compiled=False) -> dict[str, StepOptions]:
         if trick in present:
             rung = rung._replace(classes=(*rung.classes, trick))
             ladder[f"+ {trick.__name__}"] = rung
-    fast = rung._replace(channels_last=True, dtype=pick_dtype(device, "auto")[0])
-    ladder["fast"] = fast
+    ladder["fast"] = fast = rung._replace(channels_last=True, dtype=pick_dtype(device, "auto")[0])
     if device.type != "cuda":  # there "fast" is bf16, unless the GPU only emulates it
         ladder["fast + bf16"] = fast._replace(dtype=torch.bfloat16)
     if compiled:

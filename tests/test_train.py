@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 
 import checkpoint
 import config
+import data
 import train
 from checkpoint import build_model, load_checkpoint, read_checkpoint
 from clip_model import CLIP, CLIP_CONFIGS
@@ -416,6 +419,35 @@ def test_the_bridger_has_its_own_rate(tmp_path):
     assert every == sum(p.requires_grad for p in model.parameters())
 
 
+class Photo(SimpleNamespace):
+    """A sample; of a bare SimpleNamespace nobody can ask whether it lives."""
+
+
+class Living:
+    """A data set that counts how many of its samples are in memory at once."""
+
+    name = split = "living"
+
+    def __init__(self):
+        self.given = []
+        self.most = 0
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        number = range(12)[i]  # IndexError where a list has it
+        mask = np.arange(16).reshape(4, 4) < [1, 9][number in (8, 9, 11)]
+        image = np.zeros((4, 4, 3), np.uint8)
+        sample = Photo(number=number, mask=mask, image=image, sentences=["a line"])
+        self.given.append(weakref.ref(sample))
+        self.most = max(self.most, sum(alive() is not None for alive in self.given))
+        return sample
+
+    def counts(self):
+        return {"refs": len(self)}
+
+
 def test_overfit_takes_the_largest_masks(tmp_path, capsys):
     """--overfit 2: of eight objects the two that cover most, repeated for training, once for
     validation.
@@ -431,6 +463,21 @@ def test_overfit_takes_the_largest_masks(tmp_path, capsys):
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert result["refs"] == 2 and "the logit grid's ceiling: mIoU" in capsys.readouterr().out
     assert result["steps"] == 80 // 4
+
+
+def test_overfit_holds_one_candidate_at_a_time(capsys):
+    """Two hundred photographs of 12 megapixels would be ten gigabytes."""
+    living = Living()
+    training, validation = train.largest_objects(living, 2)
+    assert [sample.number for sample in validation.samples] == [8, 9]  # the first of equals
+    assert len(training) == 80 and living.most <= 2
+
+
+def test_a_sheet_of_large_photographs_holds_one_at_a_time(tmp_path, monkeypatch, capsys):
+    living = Living()
+    monkeypatch.setattr(data, "open_dataset", lambda *_: living)
+    data.main(["show", "scenes", "--number", "8", "--out", str(tmp_path / "sheet.png")])
+    assert living.most <= 2 and (tmp_path / "sheet.png").exists()
 
 
 def test_a_folder_without_val_is_validated_on_train_and_that_is_said(tmp_path, capsys):

@@ -95,6 +95,9 @@ def command(main):
             line = f"{error}: give fewer --workers, or 0; in a container, more shared memory"
             if not line.startswith("DataLoader worker"):  # one that the system has killed
                 raise
+        finally:
+            if torch.distributed.is_initialized():  # it ended before its loop, for want of data
+                torch.distributed.destroy_process_group()
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
         raise SystemExit(2)
 

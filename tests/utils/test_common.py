@@ -1,13 +1,14 @@
-"""What `utils/common.py` promises: whose commit a run states, and text files that are UTF-8."""
+"""What `utils/common.py` promises: whose commit a run states, how it ends, text that is UTF-8."""
 
 import ast
 import shutil
 import subprocess
 
 import pytest
+import torch
 
 from utils import common
-from utils.common import ROOT, git_commit
+from utils.common import ROOT, UserError, command, git_commit
 
 needs_git = pytest.mark.skipif(not shutil.which("git"), reason="there is no git")
 
@@ -15,8 +16,8 @@ needs_git = pytest.mark.skipif(not shutil.which("git"), reason="there is no git"
 # ------------------------------------------------------------------------------------- provenance
 def git(folder, *words) -> str:
     name = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
-    command = ["git", *name, *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    line = ["git", *name, *words]
+    done = subprocess.run(line, cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 
@@ -65,6 +66,22 @@ def test_another_repositorys_commit_is_never_stated(tmp_path, monkeypatch):
     assert commit_of(copy, monkeypatch) == "unknown"
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "other" / ".git"))
     assert commit_of(tmp_path / "own", monkeypatch) == own
+
+
+# --------------------------------------------------------------------------------------- processes
+def test_torchruns_group_is_left_wherever_a_command_ends(tmp_path, capsys):
+    """Data or weights may be missing, which is said after the processes have met."""
+
+    @command
+    def main(argv=None):
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        raise UserError("no data")
+
+    with pytest.raises(SystemExit):
+        main()
+    assert not torch.distributed.is_initialized()
+    assert capsys.readouterr().err == "error: no data\n"
 
 
 # ------------------------------------------------------------------------------------- text files
