@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils.common import UserError, as_user_error, check_writable
+from utils.common import READ_ERRORS, UserError, as_user_error, check_writable
 from utils.images import (
     decode_image,
     file_inside,
@@ -347,7 +347,7 @@ def write_image(folder, image, stem) -> list[dict]:
         pixels = read_image(image.file, exif=image.upright)
     records = []
     for k, thing in enumerate(image.objects):
-        with as_user_error(thing.name, CORRECT):
+        with as_user_error(thing.name, CORRECT, (*READ_ERRORS, UserError)):
             mask = thing.draw(image.height, image.width)
         if not mask.any():
             continue

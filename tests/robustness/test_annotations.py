@@ -877,8 +877,7 @@ def test_a_bad_shape_is_named_in_one_line(tmp_path, capsys, name):
     bad, says = BAD_SHAPES[name]
     labelme_file(tmp_path, [bad])
     error = refusal(from_labelme, tmp_path, capsys)
-    assert says in error
-    assert "a.json" in error or "the mask of" in error
+    assert says in error and "a.json" in error
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
