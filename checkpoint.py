@@ -303,8 +303,13 @@ def resume_training(path, model, optimizer, scheduler, scaler, args) -> TrainSta
     restore_trainable(model, file, path)
 
     training = file["training"]
-    fresh = [(group["initial_lr"], group["betas"]) for group in optimizer.param_groups]
+    fresh = []
+    for group in optimizer.param_groups:
+        fresh.append({name: value for name, value in group.items() if name != "params"})
     with as_user_error(path, "it is damaged: give another --resume", LOAD_ERRORS):
+        # the stored states carry the old command line's settings: set those of today's
+        for group, settings in zip(training["optimizer"]["param_groups"], fresh, strict=True):
+            group.update(settings)
         optimizer.load_state_dict(training["optimizer"])
         scheduler.load_state_dict(training["scheduler"])
         if training["scaler"]:  # empty unless the run was in fp16 until now
@@ -313,13 +318,10 @@ def resume_training(path, model, optimizer, scheduler, scaler, args) -> TrainSta
         if not all(isinstance(x, int | float) for x in training["state"].values()):
             raise ValueError("its state is not made of numbers")
         state = TrainState(**{**training["state"], "started": time.time()})
-    # the loaded states carry the old command line's rates: set those of today's
     factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
-    scheduler.base_lrs = [initial_lr for initial_lr, _ in fresh]
-    for group, (initial_lr, betas) in zip(optimizer.param_groups, fresh, strict=True):
-        group["initial_lr"] = initial_lr
-        group["betas"] = betas
-        group["lr"] = initial_lr * factor
+    scheduler.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
     return state
 
 

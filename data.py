@@ -16,7 +16,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from clip_model import PIXEL_MEAN, PIXEL_STD
 from config import NOTHING_BELOW
@@ -405,7 +405,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     dataset = open_dataset(args.dataset, args.split, args.data)
     chosen = np.random.default_rng(args.seed).permutation(len(dataset))[: args.number]
-    contact_sheet([dataset[i] for i in sorted(chosen.tolist())], args.out)
+    contact_sheet(Subset(dataset, sorted(chosen.tolist())), args.out)
     print(f"{dataset.name} {dataset.split} {dataset.counts()}; {len(chosen)} are in {args.out}")
     if dataset.name in NOTHING_BELOW:
         print(count_targets(dataset), end="")

@@ -29,7 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import REFCOCO_FILES, read_refer
-from utils.annotations import write_dataset
+from utils.annotations import is_other_version, write_dataset
 from utils.coco import BOX_ONLY, read_coco
 from utils.common import SEED, Parser, UserError, as_user_error, command, integer, write_file
 from utils.download import NETWORK_ERRORS, download, request, retry, sha256, size_of
@@ -324,6 +324,10 @@ def from_coco(args):
         other = "stored" if upright else "shown"
         told = f"{unclear} images are turned by EXIF, and their size does not tell which way up"
         notes.append(f"{told} they were annotated: taken {way} (--exif {other} for the other)")
+    versions = sum(is_other_version(image) for image in images)
+    if versions:
+        told = f"{versions} images are Roboflow's versions in the annotations or in the folder only"
+        notes.append(f"{told}: a version may be flipped or cut, so look whether the masks fit")
     convert(args, images, notes)
 
 

@@ -137,10 +137,10 @@ def open_split(args, split, instead) -> data.RefDataset:
 
 def largest_objects(dataset, count) -> tuple[data.RefDataset, data.RefDataset]:
     """The `count` objects that cover most of their image, of the first 200, 40 times each."""
-    candidates = [dataset[i] for i in range(min(200, len(dataset)))]
-    candidates.sort(key=lambda sample: -np.mean(sample.mask))
-    samples = tuple(candidates[:count])
-    print(f"--overfit {count}: the largest of {len(candidates)} objects train and validate")
+    shares = np.array([dataset[i].mask.mean() for i in range(min(200, len(dataset)))])
+    largest = np.argsort(-shares, kind="stable")[:count]
+    samples = tuple(dataset[i] for i in largest.tolist())
+    print(f"--overfit {count}: the largest of {len(shares)} objects train and validate")
     train_set = data.RefDataset(dataset.name, dataset.split, samples * 40)
     return train_set, data.RefDataset(dataset.name, dataset.split, samples)
 
@@ -408,8 +408,8 @@ def main(argv=None):
         return test_best(args, model, val_set, device, dtype, state)
     except NonFiniteLoss:
         raise
-    except (UserError, OSError, MemoryError, torch.OutOfMemoryError):
-        save()  # a damaged image or a full disk costs no step
+    except Exception:
+        save()  # a damaged image, a full disk or a killed loading process costs no step
         raise
     finally:
         stop.restore_handlers()

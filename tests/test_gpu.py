@@ -141,6 +141,8 @@ def test_old_gpus_that_emulate_bf16_take_fp16(monkeypatch):
     )
     dtype, reason = common.pick_dtype(torch.device("cuda"), "auto")
     assert dtype is torch.float16 and "no bf16" in reason
+    dtype, reason = common.pick_dtype(torch.device("cuda"), "bf16")
+    assert dtype is torch.bfloat16 and "it emulates it" in reason  # as asked, and said
 
 
 def test_float32_on_a_gpu_multiplies_in_tf32_and_the_cpu_stays_exact(monkeypatch):

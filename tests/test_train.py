@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 
 import checkpoint
 import config
+import data
 import train
 from checkpoint import build_model, load_checkpoint, read_checkpoint
 from clip_model import CLIP, CLIP_CONFIGS
@@ -197,6 +200,19 @@ def test_a_new_rate_takes_effect_on_resume_in_every_group(tmp_path):
         json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()[1:]
     ]
     assert [line["rate"][0] for line in rates] == pytest.approx([1e-3, 1e-4, 1e-7, 1e-7])
+
+
+def test_a_resumed_optimizer_is_that_of_todays_machine(tmp_path):
+    """A run of a Mac goes on elsewhere: the stored groups said that Adam is not fused."""
+    run(tmp_path / "a", "--epochs", 1)
+    path = tmp_path / "a" / "last.pt"
+    file = read_checkpoint(path)
+    for group in file["training"]["optimizer"]["param_groups"]:
+        group.update(fused=False, eps=1.0)
+    torch.save(file, path)
+    resumed = run(tmp_path / "a", "--epochs", 2, "--resume")
+    groups = resumed["training"]["optimizer"]["param_groups"]
+    assert [(group["fused"], group["eps"]) for group in groups] == [(True, 1e-8)] * 2
 
 
 def test_the_first_resumed_step_uses_the_new_rate(tmp_path, monkeypatch):
@@ -403,6 +419,35 @@ def test_the_bridger_has_its_own_rate(tmp_path):
     assert every == sum(p.requires_grad for p in model.parameters())
 
 
+class Photo(SimpleNamespace):
+    """A sample; of a bare SimpleNamespace nobody can ask whether it lives."""
+
+
+class Living:
+    """A data set that counts how many of its samples are in memory at once."""
+
+    name = split = "living"
+
+    def __init__(self):
+        self.given = []
+        self.most = 0
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        number = range(12)[i]  # IndexError where a list has it
+        mask = np.arange(16).reshape(4, 4) < [1, 9][number in (8, 9, 11)]
+        image = np.zeros((4, 4, 3), np.uint8)
+        sample = Photo(number=number, mask=mask, image=image, sentences=["a line"])
+        self.given.append(weakref.ref(sample))
+        self.most = max(self.most, sum(alive() is not None for alive in self.given))
+        return sample
+
+    def counts(self):
+        return {"refs": len(self)}
+
+
 def test_overfit_takes_the_largest_masks(tmp_path, capsys):
     """--overfit 2: of eight objects the two that cover most, repeated for training, once for
     validation.
@@ -418,6 +463,21 @@ def test_overfit_takes_the_largest_masks(tmp_path, capsys):
     result = json.loads((tmp_path / "a" / "result.json").read_text())
     assert result["refs"] == 2 and "the logit grid's ceiling: mIoU" in capsys.readouterr().out
     assert result["steps"] == 80 // 4
+
+
+def test_overfit_holds_one_candidate_at_a_time(capsys):
+    """Two hundred photographs of 12 megapixels would be ten gigabytes."""
+    living = Living()
+    training, validation = train.largest_objects(living, 2)
+    assert [sample.number for sample in validation.samples] == [8, 9]  # the first of equals
+    assert len(training) == 80 and living.most <= 2
+
+
+def test_a_sheet_of_large_photographs_holds_one_at_a_time(tmp_path, monkeypatch, capsys):
+    living = Living()
+    monkeypatch.setattr(data, "open_dataset", lambda *_: living)
+    data.main(["show", "scenes", "--number", "8", "--out", str(tmp_path / "sheet.png")])
+    assert living.most <= 2 and (tmp_path / "sheet.png").exists()
 
 
 def test_a_folder_without_val_is_validated_on_train_and_that_is_said(tmp_path, capsys):
@@ -812,3 +872,19 @@ def test_an_image_that_vanishes_while_training_costs_no_step(tmp_path, monkeypat
     assert stop.value.code == 2 and len(error.splitlines()) == 1 and "own/images/" in error
     stopped = read_checkpoint(tmp_path / "a" / "last.pt")["training"]["state"]
     assert (stopped["epoch"], stopped["global_step"]) == (1, 3)
+
+
+@pytest.mark.parametrize("text", ["DataLoader worker (pid 7) is killed by signal: Killed.", "else"])
+def test_whatever_ends_a_run_costs_no_step(tmp_path, monkeypatch, capsys, text):
+    """A loading process that the system kills is one line; another error keeps its traceback."""
+
+    def fail():
+        raise RuntimeError(text)
+
+    call_in_step(monkeypatch, 4, fail)  # in the middle of the second epoch
+    is_killed = text.startswith("DataLoader")
+    with pytest.raises(SystemExit if is_killed else RuntimeError):
+        run(tmp_path / "a", "--steps", 9)
+    error = capsys.readouterr().err
+    assert (len(error.splitlines()) == 1 and "fewer --workers" in error) == is_killed
+    assert step_of(read_checkpoint(tmp_path / "a" / "last.pt")) == 3

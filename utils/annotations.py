@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from utils.common import UserError, as_user_error, check_writable
+from utils.common import READ_ERRORS, UserError, as_user_error, check_writable
 from utils.images import (
     decode_image,
     file_inside,
@@ -99,6 +99,12 @@ def annotated_image(name, file, stated, upright, split) -> AnnotatedImage:
         is_clear=is_clear or orientation == 1,
         split=split,
     )
+
+
+def check_same_way(first, image):
+    """ValueError where one row or file has an image the other way up than another one."""
+    if first.upright != image.upright:
+        raise ValueError(f"{image.name} is annotated as it is stored and as EXIF turns it")
 
 
 def as_file(file):
@@ -245,6 +251,12 @@ def original_name(name) -> str:
     return name
 
 
+def is_other_version(image) -> bool:
+    """Whether one of annotations and file is Roboflow's version of a photograph, the other not."""
+    name = base_name(unquote(PureWindowsPath(image.name).as_posix()))
+    return bool(VERSIONED.fullmatch(name)) != bool(VERSIONED.fullmatch(image.file.name))
+
+
 def choose(paths, name) -> Path:
     """Of files with one name, the one whose folders fit as well. ValueError where several do."""
     wanted = [fold(part) for part in reversed(name.split("/"))]
@@ -335,7 +347,7 @@ def write_image(folder, image, stem) -> list[dict]:
         pixels = read_image(image.file, exif=image.upright)
     records = []
     for k, thing in enumerate(image.objects):
-        with as_user_error(thing.name, CORRECT):
+        with as_user_error(thing.name, CORRECT, (*READ_ERRORS, UserError)):
             mask = thing.draw(image.height, image.width)
         if not mask.any():
             continue

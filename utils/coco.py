@@ -21,6 +21,7 @@ from utils.annotations import (
     AnnotatedObject,
     ImageFinder,
     annotated_image,
+    check_same_way,
     is_number,
     parse_sentence,
     read_json,
@@ -75,6 +76,7 @@ def read_coco(path, folder, boxes=None, upright=False, pixels=False) -> tuple[li
         raise UserError(f"{path}: of {len(rows)} annotations {what}: {choice}")
     if not pixels:
         check_units(path, drawn)
+    check_boxes(path, drawn)
     different = {id(image): image for image in images.values() if image.objects}
     return list(different.values()), without_mask
 
@@ -115,13 +117,13 @@ def find_images(path, folder, rows, upright) -> dict:
             except ValueError as error:
                 missing.append(str(error))
                 continue
-            if file not in by_file:
-                by_file[file] = parse_image(row, file, upright)
-            elif by_file[file].name != row["file_name"]:
-                both = f"{by_file[file].name} and {row['file_name']}"
-                raise ValueError(f"{both} are the same file, {file}")
-            set_split(by_file[file], split_of(row))
-            found[number] = by_file[file]
+            image = parse_image(row, file, upright)
+            first = by_file.setdefault(file, image)
+            if first.name != image.name:
+                raise ValueError(f"{first.name} and {image.name} are the same file, {file}")
+            check_same_way(first, image)
+            set_split(first, split_of(row))
+            found[number] = first
     if missing:
         more = f", and {len(missing) - 1} more images" if len(missing) > 1 else ""
         raise UserError(f"{missing[0]}{more}: check --images")
@@ -232,6 +234,18 @@ def check_units(path, drawn):
         unit = "shares of the image" if is_share else "percent of the image"
         remedy = "export pixels; if they are pixels, say so by --pixels"
         raise UserError(f"{path}: coordinates up to {largest:g} look like {unit}: {remedy}")
+
+
+def check_boxes(path, drawn):
+    """UserError where boxes look like [left, top, right, bottom]: only so all lie in their images.
+
+    drawn: as in check_units.
+    """
+    boxes = [(*x, H, W) for x, H, W in drawn if isinstance(x, list) and not isinstance(x[0], list)]
+    leaves = any(x + w > W + 2 or y + h > H + 2 for x, y, w, h, H, W in boxes)
+    if leaves and all(x < right <= W and y < bottom <= H for x, y, right, bottom, H, W in boxes):
+        remedy = "export COCO's boxes, [left, top, width, height]"
+        raise UserError(f"{path}: boxes look like [left, top, right, bottom]: {remedy}")
 
 
 def corners_of(shape) -> list[tuple]:

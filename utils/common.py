@@ -91,6 +91,13 @@ def command(main):
         except (MemoryError, torch.OutOfMemoryError) as error:
             reason = str(error).partition(". ")[0] or "out of memory"
             line = f"{reason}: lower --batch-size, --size or --limit, or raise --accumulate"
+        except RuntimeError as error:
+            line = f"{error}: give fewer --workers, or 0; in a container, more shared memory"
+            if not line.startswith("DataLoader worker"):  # one that the system has killed
+                raise
+        finally:
+            if torch.distributed.is_initialized():  # it ended before its loop, for want of data
+                torch.distributed.destroy_process_group()
         print(f"error: {' '.join(line.split())}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -215,14 +222,21 @@ def pick_dtype(device: torch.device, amp: str) -> tuple[torch.dtype, str]:
     if amp == "bf16" and device.type == "cpu" and not has_bf16_instructions():
         slow = "a step takes about twenty times that of --amp off"
         return torch.bfloat16, f"--amp bf16, but this processor has no instructions for it: {slow}"
+    if amp == "bf16" and device.type == "cuda" and not gpu_has_bf16():
+        slow = "it emulates it, slower than --amp fp16 or off"
+        return torch.bfloat16, f"--amp bf16, but this GPU has no bf16: {slow}"
     if amp != "auto":
         return named[amp], f"--amp {amp}"
     if device.type != "cuda":
         return torch.float32, f"lower precision is not reliably faster on {device.type}"
-    # without the argument, torch says True for GPUs that emulate bf16 (T4, V100): slower than fp32
-    if torch.cuda.is_bf16_supported(including_emulation=False):
+    if gpu_has_bf16():
         return torch.bfloat16, "this GPU has bf16, which needs no loss scaler"
     return torch.float16, "this GPU has no bf16, so the loss is scaled"
+
+
+def gpu_has_bf16() -> bool:
+    """Whether the GPU multiplies in bf16. T4 and V100 only emulate it, slower than float32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)  # without it, True for them too
 
 
 def has_bf16_instructions(cpu_info="/proc/cpuinfo") -> bool:
@@ -256,7 +270,9 @@ def git_commit() -> str:
     """
     if not (ROOT / ".git").exists():
         return "unknown"
-    describe = ["git", "describe", "--always", "--dirty"]
+    # named, lest git takes another one: above this folder, or of a hook's GIT_DIR
+    repository = [f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}"]
+    describe = ["git", *repository, "describe", "--always", "--dirty"]
     try:
         result = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True)
     except OSError:  # no git on this machine

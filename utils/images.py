@@ -43,6 +43,7 @@ TURNS = {  # orientation: what makes the stored image upright
     8: Image.Transpose.ROTATE_90,
 }
 INVERSE = {6: 8, 8: 6}  # the orientation that takes a turn back; each other one does so itself
+UNNAMED = "a channel of no stated meaning"  # our key in a PIL image's info
 PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # chunks; eXIf: orientation
 
 
@@ -50,13 +51,21 @@ PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}  # chunks; e
 def to_rgb(image) -> np.ndarray:
     """PIL image → uint8 (H, W, 3). Deep gray is scaled to 8 bits; what is transparent is white."""
     if image.mode.startswith(("I", "F")):
-        gray = to_8_bits(np.asarray(image))
+        values = np.asarray(image)
+        gray = to_8_bits(values)
+        gray[~opaque_gray(image, values)] = 255
         return np.repeat(gray[..., None], 3, axis=2)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return np.array(image.convert("RGB"))
+
+
+def opaque_gray(image, values) -> np.ndarray:
+    """Deep gray (H, W) → bool (H, W): all of it, less the one value that a PNG says is not."""
+    transparent = image.info.get("transparency")
+    return values != transparent if isinstance(transparent, int) else np.ones_like(values, bool)
 
 
 def to_8_bits(values) -> np.ndarray:
@@ -89,15 +98,26 @@ def to_mask(image) -> np.ndarray:
     colors tell, and transparent pixels are outside. ValueError for what stays ambiguous.
     """
     if image.mode.startswith(("I", "F")):
-        return two_levels(np.asarray(image), "values")
+        values = np.asarray(image)
+        opaque = opaque_gray(image, values)
+        if opaque.all():
+            return two_levels(values, "values")
+        return see_through_mask(values[..., None], opaque)
     if not image.has_transparency_data:
-        return two_levels(gray_of(np.asarray(image.convert("RGB"))), "values")
+        gray = gray_of(np.asarray(image.convert("RGB")))
+        if UNNAMED in image.info and gray.min() == gray.max():
+            raise ValueError(f"a mask of one color and {UNNAMED}: save it as black and white")
+        return two_levels(gray, "values")
     image = image.convert("RGBA")
     pixels = np.asarray(image.convert("RGB"))
     alpha = np.asarray(image.getchannel("A"))
     if alpha.min() == alpha.max() > 0:  # it says nothing
         return two_levels(gray_of(pixels), "values")
-    opaque = two_levels(alpha, "transparency")
+    return see_through_mask(pixels, two_levels(alpha, "transparency"))
+
+
+def see_through_mask(pixels, opaque) -> np.ndarray:
+    """Pixels (H, W, C) of which some are opaque, bool (H, W) → bool (H, W), as to_mask says."""
     shown = pixels[opaque]
     hidden = pixels[~opaque]
     if (shown != shown[:1]).any():
@@ -239,6 +259,9 @@ def oriented(image, exif=True):
     """Load the pixels of a PIL image and turn it upright; with `exif` False, leave it as stored."""
     is_deep = has_deep_channels(image)  # asked first: finding the orientation may load a PNG
     check_white(image)
+    check_shallow_gray(image)
+    if has_unnamed_channel(image):
+        image.info[UNNAMED] = True  # for to_mask
     orientation = find_orientation(image)
     if hasattr(image, "tag_v2"):  # a TIFF, which Pillow turns while it loads it
         with hidden_metadata(image, orientation):
@@ -255,6 +278,18 @@ def oriented(image, exif=True):
 def has_deep_channels(image) -> bool:
     """Whether several channels have 16 bits in the file. Pillow loads the upper 8 of each."""
     return len(image.getbands()) > 1 and ";16" in str(getattr(image, "tile", ""))
+
+
+def has_unnamed_channel(image) -> bool:
+    """Whether a TIFF or BMP has a channel, an X to Pillow, which it does not load: alpha or not."""
+    return re.search("'[A-Z]*X", str(getattr(image, "tile", ""))) is not None
+
+
+def check_shallow_gray(image):
+    """ValueError for gray of 2 or 4 bits with a transparent value, which Pillow does not scale."""
+    is_shallow = re.search("'L;[24]'", str(getattr(image, "tile", ""))) is not None
+    if is_shallow and image.info.get("transparency"):
+        raise ValueError("gray of 2 or 4 bits of which one value is transparent: save it as 8 bits")
 
 
 def check_deep_channels(image):

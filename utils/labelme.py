@@ -21,6 +21,7 @@ from utils.annotations import (
     AnnotatedObject,
     ImageFinder,
     annotated_image,
+    check_same_way,
     is_number,
     parse_sentence,
     read_json,
@@ -60,6 +61,7 @@ def read_labelme(folder) -> list[AnnotatedImage]:
         first = images.setdefault(file, image)
         if first is not image:  # an image is in one split, in however many files its objects are
             with as_user_error(path, CORRECT):
+                check_same_way(first, image)
                 set_split(first, image.split)
             first.objects += image.objects
     return list(images.values())
@@ -88,6 +90,8 @@ def read_labelme_file(path, finder) -> AnnotatedImage:
             is_alone = group in (None, "") or group != group  # NaN is what a table lacks
             key = ("shape", number) if is_alone else ("group", group)
             groups[shape["label"], key].append(shape)
+    with as_user_error(path, "save them as pixels"):
+        check_units(shapes)
     for (label, _), members in groups.items():
         name = f"{path} {label!r}"
         with as_user_error(name, CORRECT):
@@ -135,6 +139,15 @@ def check_shape(shape):
             raise ValueError(f"point {x}, {y} is no pair of numbers")
     if len(points) not in POINTS[kind] and not (kind == "rectangle" and is_upright_box(points)):
         raise ValueError(f"a {kind} of {len(points)} points")
+
+
+def check_units(shapes):
+    """ValueError where all points look like shares of the image. A mask has a size of its own."""
+    drawn = [shape["points"] for shape in shapes if shape_type(shape) != "mask"]
+    numbers = [number for points in drawn for point in points for number in point]
+    is_whole = all(number == int(number) for number in numbers)
+    if numbers and not is_whole and min(numbers) >= 0 and max(numbers) <= 1:
+        raise ValueError(f"points up to {max(numbers):g} look like shares of the image")
 
 
 def is_upright_box(points) -> bool:

@@ -109,7 +109,10 @@ def outline(axis, mask):
 
 
 def contact_sheet(samples, out):
-    """Write a PNG: four images in a row, their objects outlined, their sentences below."""
+    """Write a PNG: four images in a row, their objects outlined, their sentences below.
+
+    samples: a sequence, of which one is asked for at a time, for photographs are large.
+    """
     from matplotlib.figure import Figure
 
     rows = -(-len(samples) // 4)

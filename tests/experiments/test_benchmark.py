@@ -43,6 +43,14 @@ def test_the_ladder_leads_from_the_plain_path_to_what_training_does(bench):
     assert make_ladder(bench.model, CPU, compiled=True)["fast + compile"].compile
 
 
+def test_no_rung_asks_a_gpu_for_a_format_that_it_only_emulates(bench, monkeypatch):
+    """On a T4 the whole benchmark could end there."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    ladder = make_ladder(bench.model, torch.device("cuda"))
+    assert {rung.dtype for rung in ladder.values()} == {torch.float16}
+    assert make_ladder(bench.model, CPU)["fast + bf16"].dtype is torch.bfloat16
+
+
 def test_what_the_benchmark_measures_adds_up(bench):
     """The peak grows with the batch and is above the weights; a step takes time and moves none."""
     before = {name: x.clone() for name, x in bench.model.named_parameters()}

@@ -442,6 +442,70 @@ def test_gray_with_one_transparent_value_is_a_mask(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "x.png", convert=to_mask), OBJECT)
 
 
+def gray_png(values, bits, transparent):
+    """uint (H, W) → the bytes of a gray PNG of 1, 2, 4, 8 or 16 bits with one transparent value."""
+    height, width = values.shape
+    header = struct.pack(">LLBBBBB", width, height, bits, 0, 0, 0, 0)
+    places = np.arange(bits)[::-1]
+    digits = (values[..., None].astype(np.uint16) >> places) & 1  # (H, W, bits)
+    packed = np.packbits(digits.reshape(height, -1).astype(np.uint8), axis=1)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    chunks = [
+        png_chunk(b"IHDR", header),
+        png_chunk(b"tRNS", struct.pack(">H", transparent)),
+        png_chunk(b"IDAT", zlib.compress(rows)),
+        png_chunk(b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_gray_of_every_depth_may_have_a_transparent_value(tmp_path, bits):
+    """Black on transparent white was inverted in 16 bits; Pillow misreads it in 2 and 4."""
+    path = tmp_path / "x.png"
+    top = 2**bits - 1
+    path.write_bytes(gray_png(OBJECT * top, bits, transparent=0))
+    np.testing.assert_array_equal(read_image(path, convert=to_mask), OBJECT)
+    assert read_image(path)[0, 0].tolist() == [255, 255, 255]
+    path.write_bytes(gray_png(~OBJECT * top, bits, transparent=top))
+    if bits in (2, 4):
+        for convert in ({}, {"convert": to_mask}):
+            with pytest.raises(UserError, match=r"x\.png: gray of 2 or 4 bits"):
+                read_image(path, **convert)
+        return
+    np.testing.assert_array_equal(read_image(path, convert=to_mask), OBJECT)
+    assert read_image(path)[10, 20].tolist() == [0, 0, 0]
+
+
+def unnamed_alpha(kind, colors, **options):
+    """A file whose fourth channel holds the object, and does not say what it is."""
+    file = io.BytesIO()
+    with_alpha(colors, ALPHA).save(file, kind, **options)
+    data = file.getvalue()
+    if kind == "BMP":  # Pillow writes the fourth channel of the oldest kind of BMP
+        return data
+    stated = struct.pack("<HHLHH", 338, 3, 1, 2, 0)
+    assert data.count(stated) == 1
+    return data.replace(stated, struct.pack("<HHLHH", 338, 3, 1, 0, 0))
+
+
+@pytest.mark.parametrize(
+    "kind, options", [("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})]
+)
+def test_a_channel_of_no_stated_meaning_is_refused_where_colors_say_nothing(
+    tmp_path, kind, options
+):
+    """The whole image, or nothing, was the object. Black and white goes on, photographs too."""
+    path = tmp_path / "x"
+    for colors in (WHITE, BLACK):
+        path.write_bytes(unnamed_alpha(kind, colors, **options))
+        with pytest.raises(UserError, match=r"x: a mask of one color and a channel of no stated"):
+            read_image(path, convert=to_mask)
+        assert (read_image(path) == colors).all()
+    path.write_bytes(unnamed_alpha(kind, INSIDE, **options))
+    np.testing.assert_array_equal(read_image(path, convert=to_mask), OBJECT)
+
+
 def test_where_colors_and_transparency_speak_what_is_transparent_is_outside():
     """Whatever color it keeps."""
     visible = 255 - CORNER * np.uint8(255)
@@ -466,6 +530,7 @@ AMBIGUOUS = {  # name: mask image, what the line says
     "red": (Image.fromarray(INSIDE * np.uint8([1, 0, 0])), "colored"),
     "blue, almost black": (Image.fromarray(INSIDE // 255 * np.uint8([0, 0, 1])), "colored"),
     "a deep number": (Image.fromarray(np.int32(OBJECT) * 300), "not values"),
+    "a negative number": (Image.fromarray(-np.int32(OBJECT)), "not values"),
 }
 
 
