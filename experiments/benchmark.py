@@ -172,8 +172,8 @@ def evaluation_row(bench, ladder, objects) -> dict:
             start = bench.now()
             result, _ = evaluate(bench.model, dataset, bench.device, limit=limit, **options)
             seconds[name] = (bench.now() - start) / result["sentences"]
-    fast, plain = seconds["fast"], seconds["plain"]
-    row = {"seconds": fast, "plain_seconds": plain, "speedup": plain / fast}
+    row = {"seconds": seconds["fast"], "plain_seconds": seconds["plain"]}
+    row["speedup"] = seconds["plain"] / seconds["fast"]
     return {"row": "evaluation", "batch": batch_size, **row}
 
 
