@@ -116,10 +116,19 @@ def test_loss_and_gradients_are_the_originals(original, fast):
     original.check("eval_grad", original.gradients())
 
 
-@PATHS
+@pytest.mark.parametrize(
+    "original, fast",
+    [
+        pytest.param("RN101", True, id="RN101-fast"),
+        pytest.param("ViT-B-16", False, id="ViT-B-16-plain"),
+    ],
+    indirect=["original"],
+)
 def test_five_steps_of_adam_are_the_originals(original, fast):
     """Losses, the first gradients, BatchNorm's statistics, and where the weights have gone after
     two and five steps: to 1e-6. train.py's own step, groups and optimizer, at 1e-4 for all.
+
+    One path of each backbone, for a run takes minutes; the test above has both paths' gradients.
     """
     golden = original.golden
     model = original.begin(fast, training=True)
