@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import train
 from checkpoint import TrainState, build_model, resume_training, save_training
-from config import SCENE_LIMITS
+from config import OWN_BACKBONES, SCENE_LIMITS
 from data import REFCOCO_FILES, TrainDataset, epoch_batches, open_dataset, to_device, train_loader
 from evaluate import evaluate, group_scores
 from experiments.cache import FrozenFeatureCache
@@ -123,10 +123,10 @@ def make_run_args(row, args, extra_args, rate=None, seed=0) -> argparse.Namespac
     backbone = args.backbone
     if row.backbones:
         miniature, full_size = row.backbones
-        backbone = miniature if args.small else full_size
+        backbone = miniature if args.miniature else full_size
     options = ["--backbone", backbone, "--dataset", args.dataset]
     options += ["--system", row.system, "--tuning", row.tuning, "--seed", str(seed)]
-    if args.small:
+    if args.miniature:
         options += ["--batch-size", str(BATCH_SIZE)]
     options += row.arguments
     options += extra_args
@@ -335,10 +335,10 @@ def run_table(name, args, extra_args, stop):
 
 def rates_of(row, args, extra_args) -> list[float]:
     """The three to choose from; only one at full size, or where the command line gives it."""
-    if row.rate and args.small:
+    if row.rate and args.miniature:
         return [row.rate]
     is_given = any(option.split("=")[0] == "--lr" for option in extra_args)
-    if args.small and not is_given:
+    if args.miniature and not is_given:
         return list(RATES)
     return [make_run_args(row, args, extra_args).lr]
 
@@ -370,7 +370,7 @@ def write_table(name, args, runs):
     before = read_results(path)
     runs = list(runs)
     new_rows = by_row(runs)
-    has_own_presets = name == "systems" and not args.small
+    has_own_presets = name == "systems" and not args.miniature
     for run in before["runs"]:
         is_kept = run["row"] in order and run["row"] not in new_rows
         if is_kept and comparable(run, runs[0], has_own_presets):
@@ -408,7 +408,7 @@ def arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
         "--steps", type=integer(), help=f"in miniature ({STEPS}; question, talk: {QUESTION_STEPS})"
     )
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
-    parser.add_argument("--backbone", default="tiny", help="tiny: in miniature (tiny)")
+    parser.add_argument("--backbone", default="tiny", help="tiny, small: in miniature (tiny)")
     parser.add_argument("--dataset", default="scenes", help="as train.py's (scenes)")
     parser.add_argument(
         "--results", type=Path, default=ROOT / "results", metavar="DIR", help="where (results)"
@@ -422,8 +422,8 @@ def arguments(argv=None) -> tuple[argparse.Namespace, list[str]]:
             raise UserError(f"{option}: the table's rows and seeds decide that: {remedy}")
     is_question = args.table in ("question", "talk")
     args.seeds = args.seeds or (5 if args.table == "question" else 3)
-    args.small = args.backbone.startswith("tiny")
-    if args.small:
+    args.miniature = args.backbone in OWN_BACKBONES
+    if args.miniature:
         args.steps = args.steps or (QUESTION_STEPS if is_question else STEPS)
     return args, extra_args
 

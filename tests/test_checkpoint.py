@@ -15,7 +15,7 @@ from checkpoint import (
     same_dataset,
     save_checkpoint,
 )
-from config import DEFAULT_BACKBONES, PRESETS
+from config import DEFAULT_BACKBONES, OWN_BACKBONES, PRESETS
 from utils.common import ROOT, UserError
 
 
@@ -176,8 +176,8 @@ def test_a_run_may_be_moved_and_its_data_too(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------- shipped
-BACKBONES = ("tiny", "tiny-vit", "tiny-dino")
-SHIPPED = [path for path in sorted((ROOT / "weights").glob("*.pt")) if path.stem not in BACKBONES]
+FILES = sorted((ROOT / "weights").glob("*.pt"))
+SHIPPED = [path for path in FILES if path.stem not in OWN_BACKBONES]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

@@ -47,7 +47,7 @@ def small(config=SMALL):
 
 @pytest.mark.parametrize("name", CLIP_CONFIGS)
 def test_every_size_can_be_read_off_its_weights(name):
-    """All nine official models and the two tiny ones, on the meta device: shapes tell the sizes."""
+    """All nine official models and our own three, on the meta device: shapes tell the sizes."""
     with torch.device("meta"):
         config = CLIP_CONFIGS[name]
         assert CLIPConfig.from_state_dict(CLIP(config).state_dict()) == config
@@ -213,7 +213,7 @@ def test_images_are_normalized_as_openai_did():
     assert [*PIXEL_MEAN, *PIXEL_STD] == pytest.approx(theirs)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-vit"])
+@pytest.mark.parametrize("name", ["tiny", "small", "tiny-vit"])
 def test_a_clip_to_be_trained_starts_at_clips_own_scales(name):
     """Projections and class token at 1/√width, text positions at 0.01, temperature at ln 100."""
     torch.manual_seed(0)

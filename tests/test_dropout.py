@@ -85,7 +85,7 @@ def test_official_backbones_train_with_dropout_and_the_tiny_ones_without():
     """In the presets, and from the command line into the model: a tiny ResNet has all 18."""
     for presets in config.PRESETS.values():
         for name, preset in presets.items():
-            assert preset.dropout == (0.0 if name.startswith("tiny") else 0.1), name
+            assert preset.dropout == (0.0 if name in config.OWN_BACKBONES else 0.1), name
     device = torch.device("cpu")
     assert attention_dropouts(train.make_model(train.arguments([]), device)) == {}
     model = train.make_model(train.arguments(["--dropout", "0.2"]), device)

@@ -1,6 +1,7 @@
 """The tiny backbones, from nothing: drawn images and captions, minutes to an hour on a laptop.
 
     python -m toy.pretrain tiny        →  weights/tiny.pt       (a narrow ModifiedResNet)
+    python -m toy.pretrain small       →  weights/small.pt      (tiny.pt, gone on at 192 pixels)
     python -m toy.pretrain tiny-vit    →  weights/tiny-vit.pt   (a narrow ViT)
     python -m toy.pretrain tiny-dino   →  weights/tiny-dino.pt  (a narrow DINOv2; no text)
 
@@ -24,15 +25,18 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from clip_model import CLIP, CLIP_CONFIGS
+from clip_model import CLIP, CLIP_CONFIGS, resize_positions
+from config import OWN_BACKBONES
 from data import normalize
 from fast import set_fast
 from methods.dinov2 import DINO, DINO_CONFIGS
 from toy.scenes import FLAVOURS, PLACES, RELATIONS, WORLD, draw_things, paint, plan_scene
+from utils.clip_weights import read_weights
 from utils.common import ROOT, SEED, Parser, UserError, command, integer, write_file
 from utils.tokenizer import tokenize
 
 MAX_TOKENS = 24
+CONTINUED = {"small": "tiny"}  # backbone → the shipped one that its training goes on from
 
 
 # ------------------------------------------------------------------------------ images and captions
@@ -137,26 +141,31 @@ def batch(count, side, seed, progress=1.0):
 class CaptionBatches(torch.utils.data.Dataset):
     """Batch number i of a run, from the seed and i; seed 0 of `batch` is held back for scores."""
 
-    def __init__(self, steps, batch_size, side, seed):
+    def __init__(self, steps, batch_size, side, seed, start=0.0):
         self.steps = steps
         self.batch_size = batch_size
         self.side = side
         self.seed = seed
+        self.start = start  # progress at the first batch
 
     def __len__(self):
         return self.steps
 
     def __getitem__(self, step):
-        return batch(self.batch_size, self.side, (self.seed + 1, step), step / self.steps)
+        progress = self.start + (1 - self.start) * step / self.steps
+        return batch(self.batch_size, self.side, (self.seed + 1, step), progress)
 
 
-def train(name, parameters, loss_of, steps, batch_size, side, lr, seed) -> float:
-    """Minimize loss_of(images, tokens) over that many batches. Returns the last loss."""
+def train(name, parameters, loss_of, steps, batch_size, side, lr, seed, start=0.0) -> float:
+    """Minimize loss_of(images, tokens) over that many batches. Returns the last loss.
+
+    start: the progress (of `draw`) that the first images show.
+    """
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=0.02, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=steps, pct_start=0.05
     )
-    batches = CaptionBatches(steps, batch_size, side, seed)
+    batches = CaptionBatches(steps, batch_size, side, seed, start)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=0)
     progress_bar = tqdm(loader, unit="batch", desc=name)
     for images, tokens in progress_bar:
@@ -217,6 +226,10 @@ def pretrain_clip(name, path, steps, batch_size, lr, seed) -> dict:
     clip = CLIP(CLIP_CONFIGS[name]).train()
     nn.init.normal_(clip.token_embedding.weight, std=0.02)
     nn.init.constant_(clip.logit_scale, np.log(1 / 0.07))
+    start = 0.0
+    if name in CONTINUED:
+        load_for_size(clip, ROOT / "weights" / f"{CONTINUED[name]}.pt")
+        start = 1.0
     clip = set_fast(clip.to(memory_format=torch.channels_last))
     occurred = torch.zeros(clip.config.vocab_size, dtype=torch.bool)  # token rows
 
@@ -228,7 +241,7 @@ def pretrain_clip(name, path, steps, batch_size, lr, seed) -> dict:
         return contrastive_loss(images, texts, clip.logit_scale.exp())
 
     side = clip.config.image_size
-    loss = train(name, clip.parameters(), loss_of, steps, batch_size, side, lr, seed)
+    loss = train(name, clip.parameters(), loss_of, steps, batch_size, side, lr, seed, start)
     scale_text_projection(clip.eval())
     rows = occurred.nonzero()[:, 0]
     state = half_precision(clip)
@@ -240,6 +253,15 @@ def pretrain_clip(name, path, steps, batch_size, lr, seed) -> dict:
         "token_rows": len(rows),
         "retrieval_of_500": retrieval(clip),
     }
+
+
+def load_for_size(clip, path):
+    """Load a ResNet CLIP's file into one for larger images: only its positions are resized."""
+    state = read_weights(path)
+    name = "visual.attnpool.positional_embedding"
+    side = clip.config.image_size // 32
+    state[name] = resize_positions(state[name], side, side)
+    clip.load_state_dict(state)
 
 
 def half_precision(model) -> dict:
@@ -333,7 +355,7 @@ def pretrain(name, steps, batch_size, lr, seed, path) -> dict:
 @command
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", choices=["tiny", "tiny-vit", "tiny-dino"], help="which backbone")
+    parser.add_argument("name", choices=OWN_BACKBONES, help="which backbone")
     parser.add_argument("--steps", type=integer(), default=4000, help="batches (4000)")
     parser.add_argument("--batch-size", type=integer(), default=128, help="images (128)")
     parser.add_argument("--lr", type=float, default=1.5e-3, help="highest learning rate (0.0015)")

@@ -120,7 +120,7 @@ def count_blocks(state: dict, prefix: str) -> int:
     return len({name.split(".")[0] for name in names})
 
 
-CLIP_CONFIGS = {  # tiny and tiny-vit are ours: toy/pretrain.py trained them, weights/ ships them
+CLIP_CONFIGS = {  # the last three are ours: toy/pretrain.py trained them, weights/ ships them
     "RN50": CLIPConfig(embed_dim=1024, image_size=224, vision_layers=(3, 4, 6, 3),
                        vision_width=64, text_width=512),
     "RN101": CLIPConfig(embed_dim=512, image_size=224, vision_layers=(3, 4, 23, 3),
@@ -141,6 +141,8 @@ CLIP_CONFIGS = {  # tiny and tiny-vit are ours: toy/pretrain.py trained them, we
                                  vision_width=1024, text_width=768, patch_size=14),
     "tiny": CLIPConfig(embed_dim=128, image_size=128, vision_layers=(1, 1, 1, 1), vision_width=16,
                        text_width=64, text_layers=3, context_length=24),
+    "small": CLIPConfig(embed_dim=128, image_size=192, vision_layers=(1, 1, 1, 1), vision_width=16,
+                        text_width=64, text_layers=3, context_length=24),
     "tiny-vit": CLIPConfig(embed_dim=128, image_size=96, vision_layers=6, vision_width=128,
                            text_width=128, patch_size=16, text_layers=3, context_length=24),
 }  # fmt: skip

@@ -226,3 +226,33 @@ def test_a_tiny_clip_is_made_by_three_steps_and_fits(tmp_path):
     assert features.shape == (1, CLIP_CONFIGS["tiny"].embed_dim)
     words = set(tokenize(list(COLORS), 24).flatten().tolist()) - {0}
     assert words & set(rows.tolist())
+
+
+def test_small_goes_on_from_tiny_at_a_larger_size(tmp_path, monkeypatch):
+    """Its first batch shows crowds, not one thing or two; at a rate of nearly 0 it stays tiny.pt,
+    but for the grid of positions, the scale of the text projection and the count of batches.
+    """
+    shown = []
+    real = pretrain.draw
+
+    def draw(rng, progress, side, twin):
+        shown.append((progress, side))
+        return real(rng, progress, side, twin)
+
+    monkeypatch.setattr(pretrain, "draw", draw)
+    monkeypatch.setattr(pretrain, "retrieval", lambda clip: {})
+    path = tmp_path / "small.pt"
+    options = ["--steps", "1", "--batch-size", "4", "--lr", "1e-9", "--out", str(path)]
+    pretrain.main(["small", *options])
+    assert shown[:4] == [(1.0, 192)] * 4
+
+    small = load_clip("small", path).state_dict()
+    tiny = load_clip("tiny").state_dict()
+    positions = "visual.attnpool.positional_embedding"
+    assert small[positions].shape == (37, 512) and tiny[positions].shape == (17, 512)
+    assert torch.allclose(small[positions][0], tiny[positions][0], atol=1e-4)  # the class row
+    rows = torch.load(path, weights_only=True)["token_rows"]
+    for name in ("visual.layer4.0.conv3.weight", "visual.conv1.weight", "logit_scale"):
+        assert torch.allclose(small[name], tiny[name], atol=2e-3), name
+    words = "token_embedding.weight"
+    assert torch.allclose(small[words][rows], tiny[words][rows], atol=2e-3)
