@@ -169,8 +169,8 @@ def build_from_file(file, path, weights) -> nn.Module:
         config = {**config, "weights": str(weights)}
     with as_user_error(path, "it is damaged: give another file", CONFIG_ERRORS):
         model = build_model(**config)
-    count = sum(x.numel() for x in file["tuned"].values())
     restore_trainable(model, file, path)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     identity = model.backbone.identity
     print(
         f"{Path(path).name}: {count:,} trained parameters; frozen backbone: {identity['name']}, "

@@ -1,4 +1,4 @@
-"""Five minutes on a GPU: do the claims that tests make without one hold there? A table for docs.
+"""On a GPU: do the claims that tests make without one hold there? A table for docs.
 
     python -m experiments.gpu_check                    RN101 at 416 pixels, random weights
     python -m experiments.gpu_check --device cpu       the tiny CLIP: tries the command itself

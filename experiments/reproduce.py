@@ -37,7 +37,18 @@ from data import REFCOCO_FILES, TrainDataset, epoch_batches, open_dataset, to_de
 from evaluate import evaluate, group_scores
 from experiments.cache import FrozenFeatureCache
 from experiments.probe import PARTNERS, measure
-from experiments.tables import TABLES, Row, by_row, count_tuned, counts, differences, draw, report
+from experiments.tables import (
+    TABLES,
+    Row,
+    by_row,
+    count_tuned,
+    counts,
+    differences,
+    draw,
+    draw_seeds,
+    draw_traffic,
+    report,
+)
 from methods.peft import parse_tuning
 from toy.scenes import FLAVOURS
 from utils.common import (
@@ -384,7 +395,9 @@ def write_table(name, args, runs):
         file["costs"] = before["costs"]
     write_results(path, file)
     write_file(path.with_suffix(".md"), report(file).encode())
-    draw(title, runs, path.with_suffix(".png"))
+    plots = {"question": draw_seeds, "talk": draw_traffic}
+    plot = plots.get(name, draw)
+    plot(title, runs, path.with_suffix(".png"))
 
 
 def comparable(run, other, has_own_presets) -> bool:

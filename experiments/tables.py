@@ -540,6 +540,54 @@ def draw(title, runs, path):
     figure.savefig(path, dpi=110)
 
 
+def draw_seeds(title, runs, path):
+    """A line for each row: mIoU of every seed, and their mean. For rows that train as much."""
+    rows = {}
+    for row, group in by_row(runs).items():
+        label = f"{row}, {group[0]['tuned_encoders']:,} tuned"
+        rows[label] = {"mIoU on test, percent": [run["mIoU"] for run in group]}
+    draw_dots(title, rows, path)
+
+
+def draw_traffic(title, runs, path):
+    """A line for each condition: what every seed loses with another sentence and another image."""
+    rows = {}
+    for row, group in by_row(runs).items():
+        rows[row] = {
+            f"mIoU lost with another {other}": drops(group, f"other {other}")
+            for other in ("sentence", "image")
+        }
+    draw_dots(title, rows, path)
+
+
+def drops(group, name) -> list[float]:
+    """What each run of a group lost in that row of the probe, points of mIoU."""
+    return [row["drop"] for run in group for row in run["traffic"] if row["row"] == name]
+
+
+def draw_dots(title, rows, path):
+    """rows: label → what → a number for each seed. A dot for each, a bar for their mean."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((7, 1.4 + 0.35 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    colors = {}  # of what is drawn
+    for y, values_of in enumerate(rows.values()):
+        for what, values in values_of.items():
+            color = colors.setdefault(what, f"C{len(colors)}")
+            label = what if y == 0 else None
+            axis.plot(values, [y] * len(values), "o", color=color, alpha=0.5, label=label)
+            mean = statistics.mean(values)
+            axis.plot(mean, y, "|", color=color, markersize=16, markeredgewidth=2)
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("a dot for each seed, a bar for their mean")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def scale_counts(axis, counts):
     """A logarithmic x axis, with a place for 0 where a row trains nothing in the encoders."""
     largest = max(counts)
@@ -624,6 +672,8 @@ ARM_PAIRS = (  # a row, and the row that it is compared with
     ("CoOp", "fix backbone"),
     ("ETRIS", "mute"),
     ("ETRIS", "text only"),
+    ("text to image", "mute"),
+    ("image to text", "mute"),
 )
 
 
@@ -685,10 +735,7 @@ def talk_table(runs) -> str:
     for row, group in by_row(runs).items():
         cells = [row, spread([run["mIoU"] for run in group])]
         for name in ("none", "other sentence", "other image"):
-            drops = [
-                found["drop"] for run in group for found in run["traffic"] if found["row"] == name
-            ]
-            cells.append(interval_cell(interval(drops)))
+            cells.append(interval_cell(interval(drops(group, name))))
         lines.append(f"| {' | '.join([*cells, str(len(group))])} |")
     note = (
         "Traffic: mIoU lost when Δv is computed with another sentence about the same image, and Δt "

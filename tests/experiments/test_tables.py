@@ -9,6 +9,8 @@ from experiments.tables import (
     arms_table,
     counts,
     differences,
+    draw_traffic,
+    drops,
     interval,
     paired,
     report,
@@ -128,3 +130,15 @@ def test_talk_table_prints_traffic_over_seeds():
     line = "| without GA | 51.00 ± 1.41 | +6.00 ("
     assert line in talk_table([run, other])
     assert talk_table([run]).count("| +5.00 | +1.00 | +0.00 | 1 |") == 1
+
+
+def test_what_a_condition_lost_is_drawn_for_every_seed(tmp_path):
+    """Each run's own row of the probe; a picture with a line for each condition."""
+    runs = []
+    for row, lost in (("a", 1.0), ("a", 3.0), ("b", 20.0)):
+        traffic = [{"row": "other image", "drop": 0.5}, {"row": "other sentence", "drop": lost}]
+        runs.append({"row": row, "traffic": traffic})
+    assert drops(runs[:2], "other sentence") == [1.0, 3.0]
+    assert drops(runs, "other image") == [0.5] * 3
+    draw_traffic("traffic", runs, tmp_path / "t.png")
+    assert (tmp_path / "t.png").stat().st_size > 5000
