@@ -90,7 +90,7 @@ DETRIS_PRESETS = {
     "dinov2-large-mixed": detris(epochs=50, schedule="step", width=384),
 }
 PRESETS = {"etris": ETRIS_PRESETS, "barleria": BARLERIA_PRESETS, "detris": DETRIS_PRESETS}
-# toy/pretrain.py makes these, weights/ ships them; all others are official
+# toy/pretrain.py makes these, weights/ ships them (small not yet); all others are official
 OWN_BACKBONES = ("tiny", "small", "tiny-vit", "tiny-dino")
 DEFAULT_BACKBONES = {"etris": "tiny", "barleria": "tiny-vit", "detris": "tiny-dino"}
 

@@ -30,7 +30,7 @@ def run(folder, table, *options):
 
 def miniature(**changes):
     """The arguments that `arguments` completes for a run in miniature."""
-    values = {"small": True, "backbone": "tiny", "dataset": "scenes", "steps": 2}
+    values = {"miniature": True, "backbone": "tiny", "dataset": "scenes", "steps": 2}
     return SimpleNamespace(**{**values, **changes})
 
 
@@ -338,7 +338,7 @@ def test_a_results_file_of_another_version_is_left_alone(tmp_path, capsys):
 
 def test_at_full_size_the_command_is_the_papers_run(refer_tree):
     """One rate, the preset's; its epochs; RefCOCO's val, which the paper's tables are on."""
-    args = miniature(small=False, backbone="RN101", dataset="refcoco", steps=None)
+    args = miniature(miniature=False, backbone="RN101", dataset="refcoco", steps=None)
     options = ["--data", str(refer_tree)]
     [row] = choose_rows("table6", ["ETRIS"])
     run_args = make_run_args(row, args, options)
