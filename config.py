@@ -1,7 +1,7 @@
 """Presets by system and backbone, as plain rows. The command line overrides every value.
 
 A row of an official backbone is what the authors' papers and released configurations say
-(ETRIS section 4.2). A row of a tiny backbone is minutes on two CPU cores, of `small` two hours.
+(ETRIS section 4.2). A row of a tiny backbone is minutes on two CPU cores; `small` was not run.
 """
 
 from dataclasses import dataclass

@@ -117,18 +117,20 @@ def test_loss_and_gradients_are_the_originals(original, fast):
 
 
 @pytest.mark.parametrize(
-    "original, fast",
+    "original, fast, steps",
     [
-        pytest.param("RN101", True, id="RN101-fast"),
-        pytest.param("ViT-B-16", False, id="ViT-B-16-plain"),
+        pytest.param("RN101", False, 1, id="RN101-plain"),
+        pytest.param("RN101", True, 5, id="RN101-fast"),
+        pytest.param("ViT-B-16", False, 5, id="ViT-B-16-plain"),
+        pytest.param("ViT-B-16", True, 1, id="ViT-B-16-fast"),
     ],
     indirect=["original"],
 )
-def test_five_steps_of_adam_are_the_originals(original, fast):
+def test_steps_of_adam_are_the_originals(original, fast, steps):
     """Losses, the first gradients, BatchNorm's statistics, and where the weights have gone after
     two and five steps: to 1e-6. train.py's own step, groups and optimizer, at 1e-4 for all.
 
-    One path of each backbone, for a run takes minutes; the test above has both paths' gradients.
+    The other path of each backbone makes the first step only, for five take minutes.
     """
     golden = original.golden
     model = original.begin(fast, training=True)
@@ -143,7 +145,7 @@ def test_five_steps_of_adam_are_the_originals(original, fast):
         gradients.append(original.gradients())
 
     optimizer.register_step_pre_hook(keep_gradients)
-    for i in range(5):
+    for i in range(steps):
         losses.append(train.train_step(model, original.batch, optimizer, NO_SCALER, torch.float32))
         moved = {name: x - start[name] for name, x in original.trained().items()}
         if i == 0:
@@ -152,8 +154,9 @@ def test_five_steps_of_adam_are_the_originals(original, fast):
             check_statistics(original)
         if i == 1:
             original.check("update2", moved)
-    original.check("update", moved)
-    assert losses == pytest.approx(golden["losses"].tolist(), rel=1e-6)
+    if steps == 5:
+        original.check("update", moved)
+    assert losses == pytest.approx(golden["losses"][:steps].tolist(), rel=1e-6)
 
 
 def check_statistics(original):
