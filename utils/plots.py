@@ -1,22 +1,27 @@
 """Figures as PNG files: overlays, contact sheets, training curves, scores by group.
 
-matplotlib is imported where a figure is drawn: it is slow to import, and most commands draw none.
+matplotlib is imported where it draws: it is slow to import, and most commands draw no such figure.
 """
 
 import io
 import json
 import textwrap
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 from utils.common import write_file
 
 # Okabe and Ito's colors, which color-blind readers tell apart
 COLORS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
 FIGURE_SIDE = 960  # pixels of an image in a figure, at most
+LEGEND_WIDTH = 640  # pixels that a line of 60 letters takes, at least
+LINE_HEIGHT = 24
+# DejaVu Sans, which comes with matplotlib and has accents, Greek and Cyrillic; nothing is imported
+FONT = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
 DIGIT_COLUMNS = [*map(str, range(10)), "no digit", "nothing"]
 
 
@@ -64,39 +69,38 @@ def shrink_mask(mask) -> np.ndarray:
 def overlay(image, masks, sentences) -> bytes:
     """The image with each mask in its own color and a legend below, as the bytes of a PNG.
 
-    image: uint8 (H, W, 3); masks: one bool (H, W) per sentence. All is drawn at the figure's size.
+    image: uint8 (H, W, 3); masks: one bool (H, W) per sentence. The longer side gets FIGURE_SIDE
+    pixels. Drawn by Pillow, for `predict.py` would wait a second for matplotlib.
     """
-    from matplotlib.colors import to_rgb
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    blended = shrink(image).astype(np.float32) / 255
-    handles = []
+    blended = shrink(image).astype(np.float32)
+    entries = []  # of the legend: a color and a text
     for number, (mask, sentence) in enumerate(zip(masks, sentences, strict=True)):
-        color = COLORS[number % len(COLORS)]
+        color = ImageColor.getrgb(COLORS[number % len(COLORS)])
         share = 0.55 * shrink_mask(mask)[..., None]
-        blended = (1 - share) * blended + share * np.array(to_rgb(color), np.float32)
+        blended = (1 - share) * blended + share * np.array(color, np.float32)
         text = label(sentence, 60)
         if not mask.any():
             text += " (nothing found)"
-        handles.append(Patch(color=color, label=text))
+        entries.append((color, text))
+    picture = Image.fromarray(blended.round().astype(np.uint8))
+    picture = ImageOps.contain(picture, (FIGURE_SIDE, FIGURE_SIDE))
 
-    height, width, _ = image.shape
-    inches = 8 / max(height, width)
-    figure = Figure((max(width * inches, 1), max(height * inches, 1)), dpi=120)
-    axis = figure.add_axes((0, 0, 1, 1))
-    axis.imshow(blended)
-    axis.axis("off")
-    legend = axis.legend(
-        handles=handles,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.01),
-        frameon=False,
-    )
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a $ in a sentence is a $
-    # zlib's fastest: a fifth more bytes, half of the time
-    return png(figure, bbox_inches="tight", pil_kwargs={"compress_level": 1})
+    # a white sheet, wide enough for the legend's lines
+    lines = sum(text.count("\n") + 1 for _, text in entries)
+    width = max(picture.width, LEGEND_WIDTH)
+    sheet = Image.new("RGB", (width, picture.height + LINE_HEIGHT * (lines + 1)), "white")
+    sheet.paste(picture, ((width - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.truetype(FONT, 15)
+    y = picture.height + LINE_HEIGHT // 2
+    for color, text in entries:
+        draw.rectangle((8, y + 4, 36, y + LINE_HEIGHT - 4), fill=color)
+        for line in text.split("\n"):
+            draw.text((46, y), line, fill="black", font=font)
+            y += LINE_HEIGHT
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", compress_level=1)  # a fifth more bytes, half of the time
+    return buffer.getvalue()
 
 
 def outline(axis, mask):

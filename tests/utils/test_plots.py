@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.plots import contact_sheet, draw_groups, draw_pairs, label, overlay
+from utils.plots import LEGEND_WIDTH, contact_sheet, draw_groups, draw_pairs, label, overlay
 
 LARGE = (3000, 4000)  # 12 megapixels
 
@@ -69,6 +69,24 @@ def test_a_large_photograph_is_drawn_at_the_figures_size(tmp_path, peak):
     # white under 55 % of orange (230, 159, 0), and white
     np.testing.assert_allclose(drawn[y, x // 4, :3], [241, 202, 115], atol=2)
     np.testing.assert_allclose(drawn[y, 3 * x // 4, :3], [255, 255, 255], atol=2)
+
+
+def test_an_overlay_shows_every_sentence_in_the_color_of_its_mask():
+    """A black strip, narrower than the legend: it stands in the middle, white on both sides."""
+    image = np.zeros((200, 20, 3), np.uint8)
+    mask = np.zeros((200, 20), bool)
+    mask[:100] = True
+    sentences = ["the upper half", "the lower half, second from the top and first from below"]
+    drawn = np.asarray(Image.open(io.BytesIO(overlay(image, [mask, ~mask], sentences))))
+    height, width, _ = drawn.shape
+    assert width == LEGEND_WIDTH
+    np.testing.assert_array_equal(drawn[:960, 0], 255)
+    np.testing.assert_allclose(drawn[240, width // 2], [126, 87, 0], atol=1)  # 55 % of orange
+    np.testing.assert_allclose(drawn[720, width // 2], [47, 99, 128], atol=1)  # and of blue
+    legend = drawn[960:]
+    assert (legend[:, 20] == [230, 159, 0]).all(1).any()
+    assert (legend[:, 20] == [86, 180, 233]).all(1).any()
+    assert (legend[:, 46:] < 100).any()  # letters
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (8, 20000)])
