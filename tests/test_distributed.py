@@ -200,6 +200,12 @@ def test_more_processes_than_gpus_is_one_line(monkeypatch):
         distributed.start(torch.device("cuda"))
 
 
+def test_several_processes_on_a_mac_is_one_line(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(distributed.UserError, match="give --device cpu"):
+        distributed.start(torch.device("mps"))
+
+
 def test_on_gpus_tuned_norms_see_the_whole_batch_and_frozen_ones_stay(monkeypatch):
     """Every BatchNorm2d outside CLIP becomes a SyncBatchNorm with the same tensors."""
     model = build_model("tiny", weights="random", size=64, width=32)

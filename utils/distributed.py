@@ -11,10 +11,15 @@ from utils.common import UserError
 
 
 def start(device):
-    """Join the processes that torchrun started. UserError for more processes than GPUs."""
+    """Join the processes that torchrun started.
+
+    UserError for more processes than GPUs, and on a Mac's GPU, which no backend serves.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", -1))
     if local_rank < 0:
         return
+    if device.type == "mps":
+        raise UserError("several processes cannot share a Mac's GPU: give --device cpu")
     torch.compiler.reset()  # loads the compiler; loaded later, by wrap, it keeps the group alive
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
