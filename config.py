@@ -1,7 +1,7 @@
 """Presets by system and backbone, as plain rows. The command line overrides every value.
 
 A row of an official backbone is what the authors' papers and released configurations say
-(ETRIS section 4.2). A row of a tiny backbone is minutes on two CPU cores; `small` was not run.
+(ETRIS section 4.2). A row of a tiny backbone is minutes on two CPU cores, `small` is hours.
 """
 
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ DETRIS_PRESETS = {
     "dinov2-large-mixed": detris(epochs=50, schedule="step", width=384),
 }
 PRESETS = {"etris": ETRIS_PRESETS, "barleria": BARLERIA_PRESETS, "detris": DETRIS_PRESETS}
-# toy/pretrain.py makes these, weights/ ships them (small not yet); all others are official
+# toy/pretrain.py makes these, weights/ ships them; all others are official
 OWN_BACKBONES = ("tiny", "small", "tiny-vit", "tiny-dino")
 DEFAULT_BACKBONES = {"etris": "tiny", "barleria": "tiny-vit", "detris": "tiny-dino"}
 
