@@ -18,8 +18,6 @@ from utils.common import write_file
 # Okabe and Ito's colors, which color-blind readers tell apart
 COLORS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
 FIGURE_SIDE = 960  # pixels of an image in a figure, at most
-LEGEND_WIDTH = 640  # pixels that a line of 60 letters takes, at least
-LINE_HEIGHT = 24
 # DejaVu Sans, which comes with matplotlib and has accents, Greek and Cyrillic; nothing is imported
 FONT = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
 DIGIT_COLUMNS = [*map(str, range(10)), "no digit", "nothing"]
@@ -73,7 +71,7 @@ def overlay(image, masks, sentences) -> bytes:
     pixels. Drawn by Pillow, for `predict.py` would wait a second for matplotlib.
     """
     blended = shrink(image).astype(np.float32)
-    entries = []  # of the legend: a color and a text
+    entries = []  # of the legend
     for number, (mask, sentence) in enumerate(zip(masks, sentences, strict=True)):
         color = ImageColor.getrgb(COLORS[number % len(COLORS)])
         share = 0.55 * shrink_mask(mask)[..., None]
@@ -85,22 +83,28 @@ def overlay(image, masks, sentences) -> bytes:
     picture = Image.fromarray(blended.round().astype(np.uint8))
     picture = ImageOps.contain(picture, (FIGURE_SIDE, FIGURE_SIDE))
 
-    # a white sheet, wide enough for the legend's lines
-    lines = sum(text.count("\n") + 1 for _, text in entries)
-    width = max(picture.width, LEGEND_WIDTH)
-    sheet = Image.new("RGB", (width, picture.height + LINE_HEIGHT * (lines + 1)), "white")
-    sheet.paste(picture, ((width - picture.width) // 2, 0))
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.truetype(FONT, 15)
-    y = picture.height + LINE_HEIGHT // 2
-    for color, text in entries:
-        draw.rectangle((8, y + 4, 36, y + LINE_HEIGHT - 4), fill=color)
-        for line in text.split("\n"):
-            draw.text((46, y), line, fill="black", font=font)
-            y += LINE_HEIGHT
+    sheet = add_legend(picture, entries)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG", compress_level=1)  # a fifth more bytes, half of the time
     return buffer.getvalue()
+
+
+def add_legend(picture, entries) -> Image.Image:
+    """A white sheet with the picture at the top and below it each (color, text) of `entries`."""
+    font = ImageFont.truetype(FONT, 15)
+    measure = ImageDraw.Draw(picture)
+    boxes = [measure.multiline_textbbox((54, 8), text, font) for _, text in entries]
+    heights = [round(box[3]) for box in boxes]
+    width = max(picture.width, *(round(box[2]) + 8 for box in boxes))
+    sheet = Image.new("RGB", (width, picture.height + sum(heights) + 8), "white")
+    sheet.paste(picture, ((width - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(sheet)
+    y = picture.height
+    for (color, text), height in zip(entries, heights, strict=True):
+        draw.rectangle((8, y + 8, 44, y + 22), fill=color)
+        draw.multiline_text((54, y + 8), text, "black", font)
+        y += height
+    return sheet
 
 
 def outline(axis, mask):
