@@ -143,8 +143,8 @@ def load_checkpoint(path, weights=None, device="cpu", max_tokens=None) -> nn.Mod
     """A checkpoint file, ours or published → the model in evaluation mode on `device`, plain path.
 
     weights: the frozen backbone's file, where it is neither shipped nor in the cache. It must be
-    the one that the checkpoint was trained on (SHA-256). max_tokens: where a sentence is cut; a
-    published checkpoint of RefCOCOg was trained with 22, not 17.
+    the one that the checkpoint was trained on (SHA-256). max_tokens: where a sentence is cut; an
+    ETRIS that was published for RefCOCOg was trained with 22, not 17.
     """
     file = read_checkpoint(path)
     try:

@@ -1,7 +1,8 @@
 """Presets by system and backbone, as plain rows. The command line overrides every value.
 
 A row of an official backbone is what the authors' papers and released configurations say
-(ETRIS section 4.2). A row of a tiny backbone is minutes on two CPU cores, `small` is hours.
+(ETRIS section 4.2); CLIPs that they did not train have ResNet-101's values, at a size that fits.
+A row of a tiny backbone is minutes on two CPU cores, `small` is hours.
 """
 
 from dataclasses import dataclass

@@ -116,7 +116,7 @@ class SplitNotFound(UserError):
 
 
 def open_dataset(name, split, data=None, limit=None, side=160, skipped=None) -> RefDataset:
-    """Open scenes, scenes+, scenes-g, a RefCOCO set, a folder with refs.jsonl, or a comma's mix.
+    """Open drawn scenes, a set of the RefCOCO family, a folder with refs.jsonl, or a comma's mix.
 
     data: the folder that prepare.py filled ("data"); limit: at most so many objects of each name;
     side: pixels of a scene; skipped: a list that takes the errors of single lines of refs.jsonl.

@@ -289,7 +289,7 @@ def text_to_pixel_loss(logits: Tensor, masks: Tensor, nearest: bool = False) -> 
 
 # ---------------------------------------------------------------------------------- the whole model
 def check_size(clip: CLIP, *sides: int):
-    """UserError where the image encoder's stride does not divide an image's sides."""
+    """UserError where the image encoder's stride does not divide a side, or one is over 4096."""
     stride = clip.visual.stride
     if any(side % stride or side > 4096 for side in sides):
         shape = "×".join(map(str, sides))
@@ -427,9 +427,10 @@ def positional_embeddings(clip: CLIP) -> list[nn.Parameter]:
 
 
 def scale_down_init(model):
-    """Ours: what joins the frozen streams, and what writes the kernel, starts at a tenth.
+    """Ours: small initial weights where bridges and decoder branches join and kernels are written.
 
-    The first model is closer to plain CLIP, and its logits are smaller (ledger 29, measured).
+    A tenth of torch's: the first model is closer to plain CLIP, and its logits are smaller (ledger
+    29, measured).
     """
     layers = [model.projector.txt]
     for bridge in model.bridger.values():

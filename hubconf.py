@@ -26,7 +26,7 @@ def etris(checkpoint=None, weights=None, device=None, max_tokens=None):
 def clip(name="tiny", weights=None):
     """A frozen CLIP with `encode_image` and `encode_text`, in evaluation mode, on the CPU.
 
-    name: tiny, tiny-vit, RN50, RN101, ViT-B-16 … (the official ones are downloaded once).
+    name: tiny, small, tiny-vit, RN50, RN101, ViT-B-16 … (the official ones are downloaded once).
     weights: a file to read instead, or "random".
     """
     return clip_model.load_clip(name, weights)

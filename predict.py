@@ -179,7 +179,8 @@ def shorten(names, count=5) -> str:
 def output_paths(args) -> list[tuple]:
     """(image, overlay, mask, probability map) for each image; a path is None if not wanted.
 
-    UserError, before any work, where a result cannot be written or would replace another file.
+    UserError, before any work, where a result cannot be written, or would replace the image or
+    another result.
     """
     is_folder = args.image != STDIN and Path(args.image).is_dir()
     overlay_path = args.out or ("overlays" if is_folder else "overlay.png")
@@ -386,7 +387,9 @@ def predict_parser():
         "--keep-going", action="store_true", help="skip images of a folder that cannot be read"
     )
     # Output
-    parser.add_argument("--out", metavar="FILE", help="the overlay (overlay.png)")
+    parser.add_argument(
+        "--out", metavar="FILE", help="the overlay (overlay.png; of a folder, overlays)"
+    )
     parser.add_argument(
         "--mask", metavar="FILE", help="the mask, 0 and 255; mask_1.png … for several sentences"
     )

@@ -50,7 +50,7 @@ def arguments(argv=None) -> argparse.Namespace:
     model.add_argument("--weights", metavar="FILE", help="of the backbone: a file, or random")
     model.add_argument("--width", type=integer(1, 4096), help="of the Bridger (preset)")
     model.add_argument("--size", type=integer(1, 4096), help="side of the model's square (preset)")
-    model.add_argument("--words", type=integer(), help="tokens per sentence (17; RefCOCOg 22)")
+    model.add_argument("--words", type=integer(), help="tokens per sentence (17 or 22: config.py)")
     model.add_argument("--dropout", type=float, help="probability (preset)")
 
     inputs = parser.add_argument_group("Data")

@@ -32,7 +32,7 @@ from utils.common import Parser, command, integer, pick_device, provenance, writ
 
 GPU = "A100"
 FLOPS_PER_SECOND = 156e12  # what an A100 reaches in bf16, half of what its data sheet says
-BYTES_PER_SECOND = 1.24e12  # the same for its memory
+BYTES_PER_SECOND = 1.24e12  # what its memory reaches
 GPU_BATCH = 32
 GIB = 2**30
 LAYER_NORM = F.layer_norm

@@ -10,9 +10,10 @@
                                                              seconds; nothing is trained
 
 Rows of a table share steps, batches, their order, the decoder's first weights and the test scenes
-(at full size each of the `systems` has its own preset). Each row uses the one of three learning
-rates that does best on val with the first seed. The model after the last step is tested; no best
-epoch is chosen.
+(at full size each of the `systems` has its own preset; conditions of `talk` differ in what they
+name). In miniature each row uses the one of three learning rates that does best on val with the
+first seed, at full size its preset's; `talk` has one rate. The model after the last step is tested;
+no best epoch is chosen.
 
 RESULTS/runs.json holds every run under the settings that decide it (not under the code, whose
 commit it names), so a run serves every table. An interrupted table goes on where it stood. What the
@@ -68,7 +69,7 @@ from utils.common import (
 )
 
 VERSION = 1  # of the results files
-# of a run in miniature (150 s at most); at full size the preset's epochs decide
+# of a run in miniature (one to four minutes); at full size the preset's epochs decide
 STEPS = 600
 QUESTION_STEPS = 2000
 # in miniature: 600 steps of 16 gave 33.6 mIoU in the time in which 300 of 32 gave 29.8 (ETRIS)

@@ -25,8 +25,8 @@ class Row:
     printed: the paper's score, then Pr@0.5, 0.7 and 0.9 where there are any. parameters: as the
     paper prints them. why: why the count here may differ. tuning, system, width and options go to
     build_model. backbones: in miniature and at full size, where they are not the command's.
-    rate: the only one tried. bridge_rate: the Bridger's, as a multiple. longer: times the steps.
-    arguments: more of train.py's. traffic: whether experiments/probe.py measures the trained model.
+    rate: the only one in miniature. bridge_rate: the Bridger's, as a multiple. longer: times the
+    steps. arguments: more of train.py's. traffic: whether experiments/probe.py measures the model.
     """
 
     name: str
@@ -691,7 +691,7 @@ def paired(runs, row, other, kinds=()) -> dict:
 
 
 def arms_table(runs) -> str:
-    """Each arm less the frozen backbone, ETRIS less mute: all sentences, then by kind, in mIoU.
+    """A line for each of ARM_PAIRS: row less row in mIoU, over all sentences, then by kind.
 
     The last line is the share of ETRIS' gain that is lost where nothing may cross: the interval of
     ETRIS less mute, divided by the mean gain.

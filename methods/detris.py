@@ -34,7 +34,7 @@ from methods.dinov2 import DINO, load_dino
 from utils.clip_weights import state_dict_sha256
 from utils.common import UserError
 
-# The released configurations: blocks with an aligner, text blocks with an adapter, adapters' rank
+# Blocks with an aligner, text blocks with an adapter, adapters' rank: ours, then the released ones
 ALIGNED_BLOCKS = {
     "tiny-dino": {
         "aligners": (1, 3, 5),

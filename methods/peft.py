@@ -124,8 +124,8 @@ def adapter(model):
 def conv_adapter(model):
     """Conv Adapter, for which the paper cites VL-Adapter (Sung et al. 2022).
 
-    The paper says only: "inserted into the visual encoder". Here, one bottleneck of 1×1
-    convolutions in each of a ResNet's blocks, after its 3×3 convolution. This choice gives the
+    The paper says only: "inserting the adapter into the visual encoder". Here, one bottleneck of
+    1×1 convolutions in each of a ResNet's blocks, after its 3×3 convolution. This choice gives the
     printed 1.20M (1,195,952 with RN101). UserError on a ViT, which has no convolutions.
     """
     blocks = [module for module in model.backbone.modules() if isinstance(module, Bottleneck)]
@@ -211,10 +211,10 @@ class LowRank(nn.Module):
 def lora(model, rank: int = 4):
     """LoRA (Hu et al. 2022) on the projections of queries and values, in both encoders.
 
-    The paper calls this LoRA's "primary approach". In every attention of the text encoder's (and a
-    ViT's) blocks it changes the first and last third of `in_proj_weight`, in a ResNet's attention
-    pool q_proj and v_proj. α = rank, so B A is not scaled. 131,072 parameters with RN101; the
-    attention pool's share alone is 32,768, the printed 0.03M.
+    The paper says only "following the primary approach". In every attention of the text encoder's
+    (and a ViT's) blocks it changes the first and last third of `in_proj_weight`, in a ResNet's
+    attention pool q_proj and v_proj. α = rank, so B A is not scaled. 131,072 parameters with RN101;
+    the attention pool's share alone is 32,768, the printed 0.03M.
     `torch.nn.utils.parametrize.remove_parametrizations` merges it into the weights.
     """
     for module in list(model.backbone.modules()):
@@ -266,8 +266,8 @@ def coop(model, count: int = 8):
     """CoOp (Zhou et al. 2022): 8 learned vectors before the sentence's words (section 5.1).
 
     Nothing else of CLIP learns: 8 · 512 = 4,096 parameters with RN101, the printed 4.10K. Bridger
-    and decoder see the vectors as words. The tiny CLIPs read 24 tokens: there a sentence of 17, the
-    longest, loses its last word.
+    and decoder see the vectors as words. The tiny CLIPs read 24 tokens: there a sentence of 17
+    loses its last word, one of 22 (`scenes-g`) its last six.
     """
     clip = model.backbone
     max_length, width = clip.positional_embedding.shape

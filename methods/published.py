@@ -1,7 +1,7 @@
 """The checkpoints that the authors of ETRIS, BarLeRIa and DETRIS published → our models, and back.
 
-    from methods.published import from_official
-    model = from_official(torch.load("best_model.pth"))
+    from checkpoint import read_checkpoint
+    model = from_official(read_checkpoint("best_model.pth"))
 
 The originals save whole state dicts, frozen modules included, under their own names. One function,
 `original_name`, says what each of our tensors is called there. Reading and writing both use it, so

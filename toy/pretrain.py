@@ -1,9 +1,12 @@
-"""The tiny backbones, from nothing: drawn images and captions, minutes to an hour on a laptop.
+"""The tiny backbones, from nothing: drawn images and captions, one to two hours on a laptop.
 
     python -m toy.pretrain tiny        →  weights/tiny.pt       (a narrow ModifiedResNet)
     python -m toy.pretrain small       →  weights/small.pt      (tiny.pt, gone on at 192 pixels)
     python -m toy.pretrain tiny-vit    →  weights/tiny-vit.pt   (a narrow ViT)
     python -m toy.pretrain tiny-dino   →  weights/tiny-dino.pt  (a narrow DINOv2; no text)
+
+Of the shipped files only tiny.pt was made with these defaults; weights/README.md has the options of
+the others, 18 to 68 minutes each.
 
 With them "a frozen pre-trained CLIP" is real in the default run: the same architecture, tokenizer
 and loss as OpenAI's (Radford et al. 2021, figure 3), only small. A shipped CLIP holds
@@ -92,10 +95,10 @@ def direction(a, b) -> str:
 def draw(rng, progress, side, twin=False):
     """An image uint8 (S, S, 3) and its caption; `progress` says how far the run is, 0 to 1.
 
-    A run begins with images of one or two things. It ends with up to four, or, for a quarter, with
-    whole scenes and their sentences. From crowded images alone a small model learns colours and
-    little else: left and right could not be read off its sentence features (R² 0.1; 0.9 when it
-    begins with two things). A third of the images show digits mostly.
+    A run begins with images of one or two things. It ends with up to four, or, where an image is no
+    twin, for a quarter with whole scenes and their sentences. From crowded images alone a small
+    model learns colours and little else: left and right could not be read off its sentence features
+    (R² 0.1; 0.9 when it begins with two things). A third of the images show digits mostly.
 
     twin: the image and caption that the same rng gives once looks have changed places.
     """

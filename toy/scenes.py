@@ -33,10 +33,11 @@ A landmark L is an X that fits one thing only, and is not among the X compared w
 sentence is used only where its targets fit clearly and nothing else might. "that can be seen in
 this picture" and the like mean nothing. `scenes` is short, without the same-as and the not;
 `scenes+` has no word of place; `scenes-g` has 8 to 16 words; `scenes-where` has
-order and relation alone; `scenes-crowd` has many things, of one or two shapes and two colours, in
-every split (the last two are conditions of `experiments.reproduce talk`); `scenes-any`, gRefCOCO
-in miniature, has sentences of `scenes`, and others that fit several things or none. test-numbers
-(digits to be told apart) and test-crowd (many things, close together) are the paper's failures.
+order and relation alone; `scenes-crowd` has nine things or more, of one or two shapes and mostly
+two colours, in every split (the last two are conditions of `experiments.reproduce talk`);
+`scenes-any`, gRefCOCO in miniature, has sentences of `scenes`, and others that fit several things
+or none. test-numbers (digits to be told apart) and test-crowd (nine things or more, close together)
+are the paper's failures.
 """
 
 from dataclasses import dataclass
@@ -299,9 +300,10 @@ def _pick(rng, options):
 
 # ----------------------------------------------------------------------------- things and positions
 def draw_things(rng, split, alike=False) -> tuple[Thing, ...]:
-    """Three to eight things (crowd: ten to fifteen) that share a few shapes and colours.
+    """Up to eight things (crowd: up to fifteen) that share a few shapes and colours.
 
-    alike: a crowd of one or two shapes in two colours.
+    Those that find no room are left out, half of a crowd. alike: a crowd of one or two shapes,
+    mostly in two colours.
     """
     crowd = alike or split == "test-crowd"
     shapes = _draw_shapes(rng, numbers=split == "test-numbers")
