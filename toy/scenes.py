@@ -302,8 +302,8 @@ def _pick(rng, options):
 def draw_things(rng, split, alike=False) -> tuple[Thing, ...]:
     """Up to eight things (crowd: up to fifteen) that share a few shapes and colours.
 
-    Those that find no room are left out, half of a crowd. alike: a crowd of one or two shapes,
-    mostly in two colours.
+    Those that find no room are left out, four in ten of a crowd. alike: one or two shapes,
+    mostly two colours.
     """
     crowd = alike or split == "test-crowd"
     shapes = _draw_shapes(rng, numbers=split == "test-numbers")
