@@ -1,7 +1,7 @@
 """Presets by system and backbone, as plain rows. The command line overrides every value.
 
 A row of an official backbone is what the authors' papers and released configurations say
-(ETRIS section 4.2); CLIPs that they did not train have ResNet-101's values, at a size that fits.
+(ETRIS section 4.2); CLIPs that they did not train have RN101's or ViT-B-16's, at a size that fits.
 A row of a tiny backbone is minutes on two CPU cores, `small` is hours.
 """
 
@@ -64,10 +64,10 @@ ETRIS_PRESETS = {
     "RN50x4": etris(),
     "RN50x16": etris(),
     "RN50x64": etris(),
-    "ViT-B-32": etris(),
+    "ViT-B-32": etris(bridge_lr=1e-3),
     "ViT-B-16": etris(bridge_lr=1e-3),
-    "ViT-L-14": etris(size=420),  # 14 does not divide 416
-    "ViT-L-14-336px": etris(size=420),
+    "ViT-L-14": etris(size=420, bridge_lr=1e-3),  # 14 does not divide 416
+    "ViT-L-14-336px": etris(size=420, bridge_lr=1e-3),
     "tiny": tiny(size=128, epochs=9, batch_size=32, lr=1.2e-3, width=32),
     "small": tiny(size=192, epochs=24, batch_size=32, lr=1.2e-3, width=32),
     "tiny-vit": tiny(size=96, epochs=9, batch_size=32, lr=1.2e-3, width=32),

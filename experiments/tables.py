@@ -264,7 +264,7 @@ TALK = (
     condition("ViT kind", backbones=VIT),
     condition("relations and order only", arguments=("--dataset", "scenes-where")),
     condition("more, similar objects", arguments=("--dataset", "scenes-crowd")),
-    condition("192 pixels", backbones=("small", "RN101")),
+    condition("192 pixels", backbones=("small", "RN101"), arguments=("--size", "192")),
 )
 TABLES = {
     "table2": ("Parameter-efficient tuning", TABLE2),

@@ -277,6 +277,9 @@ def test_the_papers_settings_are_the_presets():
         train.step_decay(step, 50 * 1325, drops) for step in (35 * 1325 - 1, 35 * 1325)
     )
     assert (before, after) == (1.0, 0.1)
+    for backbone, preset in config.ETRIS_PRESETS.items():
+        if backbone not in config.OWN_BACKBONES:
+            assert preset.bridge_lr == (1e-3 if backbone.startswith("ViT") else 1e-4), backbone
 
 
 def test_a_laptops_settings_are_the_presets_of_the_tiny_clip():

@@ -18,8 +18,6 @@ from utils.common import write_file
 # Okabe and Ito's colors, which color-blind readers tell apart
 COLORS = ["#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#F0E442"]
 FIGURE_SIDE = 960  # pixels of an image in a figure, at most
-# DejaVu Sans, which comes with matplotlib and has accents, Greek and Cyrillic; nothing is imported
-FONT = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
 DIGIT_COLUMNS = [*map(str, range(10)), "no digit", "nothing"]
 
 
@@ -91,7 +89,9 @@ def overlay(image, masks, sentences) -> bytes:
 
 def add_legend(picture, entries) -> Image.Image:
     """A white sheet with the picture at the top and below it each (color, text) of `entries`."""
-    font = ImageFont.truetype(FONT, 15)
+    # matplotlib's font, without importing it: DejaVu Sans has accents, Greek and Cyrillic
+    folder = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"
+    font = ImageFont.truetype(folder / "DejaVuSans.ttf", 15)
     measure = ImageDraw.Draw(picture)
     boxes = [measure.multiline_textbbox((54, 8), text, font) for _, text in entries]
     heights = [round(box[3]) for box in boxes]
