@@ -64,7 +64,7 @@ def inputs(count=2, side=64):
     return images, tokenize(sentences, 8)
 
 
-# ---- counts: SPEC 5.1, to the last parameter
+# ---- counts of the original instantiated, to the last parameter
 COUNTS = {  # Bridger, HA, GA, projector, positions, all trainable, backbone with connect
     "RN50": (1_942_080, 12_867_072, 7_899_136, 5_968_897, 141_824, 28_819_009, 104_106_337),
     "RN101": (1_942_080, 11_556_352, 7_899_136, 4_788_737, 141_824, 26_328_129, 120_737_633),
@@ -84,7 +84,7 @@ def on_paper(name, **options):
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_released_model_has_the_counts_of_the_original(name):
-    """Measured by instantiating the original; nothing is left over (SPEC 5.1)."""
+    """Measured by instantiating the original; nothing is left over."""
     model = on_paper(name, released=True)
     found = (
         count(model.bridger),
@@ -100,7 +100,7 @@ def test_the_released_model_has_the_counts_of_the_original(name):
 
 def test_bridges_can_stand_at_chosen_stages():
     """Table 4: 2→n with one bridge 428,736, n/2→n with one 297,664, the last one 1,215,168, and so
-    on (SPEC 5.2).
+    on.
     """
     table = {
         (0,): 428_736,
@@ -355,8 +355,8 @@ def test_frozen_means_frozen(config, options):
 
 @KINDS
 def test_every_trained_parameter_gets_a_gradient_but_the_gates_queries_and_keys(config):
-    """SPEC 0: in three gates of width D the 2·(D² + D) numbers of queries and keys stay at zero, at
-    any width.
+    """In three gates of width D the 2·(D² + D) numbers of queries and keys stay at zero, at any
+    width.
     """
     model = train_a_little(small(config, connect=True), steps=1)
     dead = []

@@ -568,7 +568,7 @@ def test_compiling_leaves_names_and_numbers(monkeypatch, tmp_path):
 
 
 def test_without_a_compiler_one_line_and_the_plain_call(monkeypatch, capsys):
-    """CASES 9: no compiler or no Triton on the machine must not end a run."""
+    """No compiler or no Triton on the machine must not end a run."""
 
     def no_compiler(function):
         def call(x):

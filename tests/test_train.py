@@ -397,8 +397,9 @@ def test_what_is_trained_and_what_is_frozen_is_counted_by_part(tmp_path, capsys)
 
 
 def test_detris_base_falls_twice():
-    """SPEC 2.4: base 65 epochs, 0.1 after 35 and again after 55; large and mixed 50 epochs, once
-    after 35.
+    """The original's: base 65 epochs, 0.1 after 35 and again after 55.
+
+    Large and mixed 50 epochs, once after 35.
     """
     args = train.arguments(["--system", "detris", "--backbone", "dinov2-base"])
     drops = config.SCHEDULE_DROPS[args.schedule]

@@ -220,7 +220,7 @@ def pick_dtype(device: torch.device, amp: str) -> tuple[torch.dtype, str]:
     """
     named = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
     if amp == "bf16" and device.type == "cpu" and not has_bf16_instructions():
-        slow = "a step takes about twenty times that of --amp off"
+        slow = "it emulates it, many times slower than --amp off"
         return torch.bfloat16, f"--amp bf16, but this processor has no instructions for it: {slow}"
     if amp == "bf16" and device.type == "cuda" and not gpu_has_bf16():
         slow = "it emulates it, slower than --amp fp16 or off"

@@ -83,7 +83,7 @@ def test_a_spread_is_the_standard_deviation_over_seeds():
 
 
 def test_counts_prints_every_table_with_the_paper_beside():
-    """SPEC 5.2's numbers, at RN101's real size; where ours differ the last column says why."""
+    """At RN101's real size; where ours differ from the paper's the last column says why."""
     lines = [line.split(" | ") for line in counts().splitlines()[2:]]
     table = {(line[0].strip("| "), line[1]): (line[2], line[3]) for line in lines}
     assert table["5", "linear"] == ("5.77M", "5,766,641")

@@ -64,7 +64,7 @@ def on_paper(**options):
         return build_barleria(clip, 416, 17, released=True, **options)
 
 
-# -------------------------------------------------- counts: SPEC 5.4, to the last parameter
+# ---------------------------- counts of the original instantiated, to the last parameter
 def test_the_released_model_has_the_counts_of_the_original():
     """Flows 184,416 + 122,976, prompts 41,760, side network 3,052,608 + 74,240.
 
@@ -318,7 +318,7 @@ def test_the_side_network_reads_clips_blocks_at_four_heights():
 
 @torch.no_grad()
 def test_a_result_depends_on_its_neighbours_in_the_released_model_only():
-    """The original normalizes the prior over the batch (SPEC 6.3, 4). Its initial feedback is so
+    """The original normalizes the prior over the batch (ledger B2). Its initial feedback is so
     small that five digits do not show it, so it is enlarged.
     """
     images, tokens = inputs(4)

@@ -58,7 +58,7 @@ def count(*modules):
     return sum(p.numel() for module in modules for p in module.parameters())
 
 
-# -------------------------------------------------- counts: SPEC 5.3, to the last parameter
+# ---------------------------- counts of the original instantiated, to the last parameter
 COUNTS = {
     "dinov2-base": {
         "aligners": 2_297_376,
@@ -121,9 +121,9 @@ def test_the_published_configurations_have_the_counts_of_the_original(name):
 
 
 def test_one_aligner_and_one_text_adapter_by_hand():
-    """SPEC 5.3: 382,896 at rank 128 on width 768, 164,736 of them for the attention to the words.
+    """As in the original: 382,896 at rank 128 on width 768, 69,720 at rank 64 on 512.
 
-    69,720 at rank 64 on 512.
+    Of the 382,896 the attention to the words has 164,736.
     """
     aligner = DenseAligner(768, 512, 128)
     adapter = TextAdapter(512, 64)

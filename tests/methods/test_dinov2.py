@@ -71,7 +71,7 @@ def test_a_dinov2_step_by_step():
 
 @torch.no_grad()
 def test_its_stages_end_where_the_decoder_reads_maps():
-    """0-based outputs 4 and 8 of twelve, 8 and 16 of 24 (SPEC 2.1), 2 and 4 of six.
+    """0-based outputs 4 and 8 of twelve, 8 and 16 of 24 (the original's settings), 2 and 4 of six.
 
     Run as stages, the blocks give the same stream.
     """

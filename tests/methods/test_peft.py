@@ -231,7 +231,7 @@ def test_coops_vectors_stand_where_words_would(backbone):
     assert torch.allclose(model(images, tokens), expected, atol=1e-5)
 
 
-# -------------------------------------------------- counts at real size: SPEC 5.2
+# -------------------------------------------------- counts at real size
 def test_counts_of_the_methods_at_rn101():
     """What the docstrings say; `experiments.reproduce counts` says why the paper's differ."""
     expected = {
