@@ -2,7 +2,7 @@
 
 A row of an official backbone is what the authors' papers and released configurations say
 (ETRIS section 4.2); CLIPs that they did not train have RN101's or ViT-B-16's, at a size that fits.
-A row of a tiny backbone is minutes on two CPU cores, `small` is hours.
+A row of a tiny backbone is minutes on two CPU cores, `small` nearly two hours.
 """
 
 from dataclasses import dataclass
