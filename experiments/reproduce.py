@@ -72,7 +72,7 @@ VERSION = 1  # of the results files
 # of a run in miniature (one to four minutes); at full size the preset's epochs decide
 STEPS = 600
 QUESTION_STEPS = 2000
-# in miniature: more steps of fewer pairs learn more in the same minutes
+# in miniature: half the default run's, for more steps in the same minutes
 BATCH_SIZE = 16
 # in miniature; at full size the preset's only, for the tables are on val itself
 RATES = (6.67e-4, 2e-3, 6e-3)
