@@ -125,7 +125,7 @@ def test_differences_are_paired_by_seed_and_carry_the_papers_number(folder):
 
 def test_new_rows_of_the_question_appear_and_decide(folder):
     write_runs(folder, "question", ETRIS=[50, 51, 52], mute=[50, 52, 51])
-    text = "encoders exchange information"
+    text = "encoders exchange information, which helps"
     assert verdicts()[text] == "not shown"
     write_runs(folder, "question", ETRIS=[50, 51, 52], mute=[47, 48.1, 49.1])
     assert verdicts()[text] == "held"
