@@ -694,7 +694,7 @@ def arms_table(runs) -> str:
     """A line for each of ARM_PAIRS: row less row in mIoU, over all sentences, then by kind.
 
     The last line is the share of ETRIS' gain that is lost where nothing may cross: the interval of
-    ETRIS less mute, divided by the mean gain.
+    ETRIS less mute, divided by the mean gain, as if that had no error of its own.
     """
     groups = by_row(runs)
     kinds = list(groups["ETRIS"][0]["kinds"])
@@ -708,7 +708,7 @@ def arms_table(runs) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     if "mute" in groups:
         cells = [share_cell(runs, kind) for kind in ((), *((kind,) for kind in kinds))]
-        lines.append(f"| share of the gain that needs talk | {' | '.join(cells)} | |")
+        lines.append(f"| ETRIS less mute, % of the mean gain | {' | '.join(cells)} | |")
     note = "Mean and 95 % interval (paired t) over seeds, on the same test scenes."
     return "\n".join([*lines, "", note, ""])
 

@@ -114,7 +114,7 @@ def test_the_share_that_needs_talk_by_hand():
     assert found["mean"] == 2 and found["sd"] == pytest.approx(2**0.5)
     table = arms_table(runs)
     assert "| ETRIS less fix backbone | +11.00 (" in table
-    assert "| share of the gain that needs talk | +18 (" in table
+    assert "| ETRIS less mute, % of the mean gain | +18 (" in table
     assert paired(runs, "mute", "fix backbone", ("relation",))["mean"] == 9
 
 
