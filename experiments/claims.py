@@ -233,7 +233,7 @@ def claims() -> list[Claim]:
         Claim("ETRIS beats full tuning", "table 2", full, "table2", "05, 5.6"),
         Claim("ETRIS beats other efficient methods", "table 2", others, "table2", "05, 5.6"),
         Claim("adapters add to ETRIS", "table 8", added, "table8"),
-        Claim("it fails on digits", "figures 4, 5", [], "shipped", "07, 7.2", digits, True),
+        Claim("it fails among digits", "figures 4, 5", [], "shipped", "07, 7.2", digits, True),
         Claim("it fails in crowds", "figure 6", [], "shipped", "07, 7.3", crowds, True),
     ]
 

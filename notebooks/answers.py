@@ -363,7 +363,7 @@ BRIDGER = {
             ({6, 7}, "so it is without the Bridger; its attention among words is not causal"),
             ({6}, "attention mixes words: the change travels"),
         ],
-        hint="2.7: after bridge 0, what did the start mark know?",
+        hint="is the Bridger's self-attention among the words causal, too?",
     ),
 }
 
@@ -623,7 +623,7 @@ TRAINED = {
             (bridger_size_in_proportion, "twice the width is not twice the numbers"),
             (bridger_size_on_a_line, "a line through two widths: attention grows with the square"),
         ],
-        hint="a stands in the first row; attention divided by d² and the rest by d give c and b",
+        hint="three columns of the last row are three linear equations for a, b and c",
         on=((8,), (64,), (256,)),
     ),
     "05 BatchNorm": Exercise(
@@ -684,12 +684,13 @@ TRAINED = {
         hint="change one number of a tensor a little: does the output change?",
     ),
     "05 LoRA": Exercise(
-        right=4096,
+        right=20_480,
         wrong=[
-            (262_144, "that is the whole weight; A and B alone learn"),
-            (2048, "A and B: two of them"),
+            (1_048_576, "that is the whole weight; A and B alone learn"),
+            (16_384, "that is A alone"),
+            (4096, "that is B alone"),
         ],
-        hint="only the two thin matrices learn: count the numbers in each",
+        hint="only the two thin matrices learn: A is rank x inputs, B is outputs x rank",
     ),
 }
 
@@ -1019,6 +1020,7 @@ BARLERIA = {
     "09 rank": Exercise(
         right=1,
         wrong=[
+            (0, "so it is in this model, where every number is 0; and where they are not?"),
             (48, "that is the width; look what each token's prior is a multiple of"),
             (89, "as many tokens, and all of them have the direction of p or the opposite one"),
         ],
