@@ -504,14 +504,17 @@ def gain(runs, reference_runs) -> str:
 def note(name, runs) -> str:
     """The line below a table: where its numbers come from."""
     first = runs[0]
-    backbones = list(dict.fromkeys(run["config"]["backbone"] for run in runs))
+    backbones = dict.fromkeys(run["config"]["backbone"] for run in runs)
+    splits = dict.fromkeys(f"{run['dataset']} {run['split']}" for run in runs)
+    sentences = sorted({run["sentences"] for run in runs})
+    steps = sorted({run["steps"] for run in runs})
     commits = sorted({run["commit"] for run in runs})
     seeds = max(len(group) for group in by_row(runs).values())
     facts = [
         *backbones,
-        f"{first['dataset']} {first['split']}",
-        f"{first['sentences']:,} sentences",
-        f"{first['steps']:,} steps",
+        *splits,
+        f"{either(sentences)} sentences",
+        f"{either(steps)} steps",
         f"{seeds} seeds (± their standard deviation)",
         f"threads: {first['threads']}",
         first["hardware"],
@@ -521,6 +524,11 @@ def note(name, runs) -> str:
     return (
         f"{', '.join(facts)}. {source} A difference within its own ± is none that these runs show."
     )
+
+
+def either(counts) -> str:
+    """2,000 or 6,000"""
+    return " or ".join(f"{count:,}" for count in counts)
 
 
 def draw(title, runs, path):
