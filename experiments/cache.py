@@ -76,6 +76,8 @@ def has_frozen_first_stage(model) -> bool:
     """Whether an ETRIS on a CPU learns nothing below its first bridge."""
     if model.system != "etris" or not hasattr(model, "backbone"):
         return False
+    if "sha256" not in model.backbone.identity:  # a published checkpoint brings its own backbone
+        return False
     visual = model.backbone.visual
     below = [*visual.conv1.parameters(), *visual.stages[0].parameters()]
     if hasattr(visual, "positional_embedding"):  # a ViT's; a ResNet has its own in the pool

@@ -6,15 +6,18 @@
 A bridge adds Δv to the image stream and Δt to the text stream. Four questions, all at inference:
 
   streams    What is lost without Δv, without Δt, without both, and with one stage's bridge alone?
-             And if both are scaled by 0 (plain CLIP, bit for bit) … 1 (as trained) … 1.5?
+             And if both are scaled by 0 (none) … 1 (as trained) … 1.5? At 0 both encoders are
+             plain CLIP, bit for bit, but for positions that were trained beside the Bridger.
   partners   The traffic. Δv is computed with another sentence, about the same image or about
              another one; Δt with another image. All else stays. What is lost then had crossed.
   probe      Can a ridge regression tell from one place's feature whether the named object is there?
-             AUC per image, after each stage and in the decoder, with the bridges and at strength 0.
+             AUC per image, after each stage and in the decoder, with the bridges and at strength 0,
+             for the first sentence of each object.
   kinds      All of it by kind of sentence, where the data has kinds.
 
 drop: mIoU as trained minus mIoU of the row, over the same sentences; low, high: its 95 % interval
 over 2,000 resamplings of the objects. A partner's row leaves out sentences that have no partner.
+In the JSON every row has all of COLUMNS: null is what the row does not measure.
 
 B batch · L tokens · C channels · H W a stage's grid · K sentences of an object
 """
@@ -51,6 +54,7 @@ from utils.plots import outline, png
 from utils.tokenizer import tokenize
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)  # beside 0 (none) and 1 (both)
+COLUMNS = ("row", "oIoU", "mIoU", "drop", "AUC", "AUC_without", "gain", "low", "high")
 PARTNERS = ("other sentence", "sentence of another image", "other image")
 RESAMPLINGS = 2000
 RIDGE = 1e-3  # of the features' mean variance
@@ -164,22 +168,22 @@ def stream_settings(taps) -> dict[str, dict]:
 
 
 # ---------------------------------------------------------------------------------------- partners
-def other_sentences(samples) -> list[str | None]:
-    """Of each sample a sentence about another object of the same image; None where there is none.
+def other_sentences(dataset, count) -> dict[int, str | None]:
+    """Of each of the first `count` objects a sentence about another one of its image, by ref_id.
 
-    A drawn scene is asked for one; elsewhere another of the samples has it.
+    A drawn scene is asked for one; elsewhere another object of the whole split has it, or none has.
     """
+    if not isinstance(dataset.samples, list):
+        scenes = [dataset[i] for i in range(count)]
+        return {scene.ref_id: sentence_about_another(scene) for scene in scenes}
     by_image = {}
-    for sample in samples:
+    for sample in dataset.samples:
         by_image.setdefault(sample.image_id, []).append(sample)
-    found = []
-    for sample in samples:
-        if isinstance(sample, Scene):
-            found.append(sentence_about_another(sample))
-            continue
+    found = {}
+    for sample in dataset.samples[:count]:
         group = by_image[sample.image_id]
         others = [other for other in group if other.ref_id != sample.ref_id]
-        found.append(others[0].sentences[0] if others else None)
+        found[sample.ref_id] = others[0].sentences[0] if others else None
     return found
 
 
@@ -220,8 +224,7 @@ def measure(model, dataset, device="cpu", *, limit=200, names=None, progress=Tru
     count = min(limit, len(dataset))
     items = EvalDataset(dataset, model.size, model.max_tokens)
     loader = (item_or_error(items[i]) for i in range(count))
-    samples = [dataset[i] for i in range(count)]
-    partners = dict(zip((s.ref_id for s in samples), other_sentences(samples), strict=True))
+    partners = other_sentences(dataset, count)
     bar = tqdm(total=count, desc="probe", disable=None if progress else True, leave=False)
 
     tables = {}
@@ -466,9 +469,12 @@ def linear_probe(model, train_set, test_set, device="cpu", *, limit=200, progres
             probe.fit()
 
         areas = {key: {} for key in probes}  # (name, strength) → {ref_id: AUC}
+        kinds = {}  # ref_id → kind of its first sentence
         examples = []
         for item, features in all_features(model, taps, test_set, limit, device, progress):
             heats = {}
+            if isinstance(item["sample"], Scene):
+                kinds[item["sample"].ref_id] = item["sample"].kinds[0]
             for key, x in features.items():
                 scores = probes[key].score(x.flatten(1).T)
                 area = auc(scores, place_labels(item, x))
@@ -478,19 +484,30 @@ def linear_probe(model, train_set, test_set, device="cpu", *, limit=200, progres
             if len(examples) < HEAT_MAPS:
                 examples.append((item["sample"], heats))
     names = dict.fromkeys(name for name, _ in probes)
-    return [probe_row(name, areas[name, 0], areas[name, 1]) for name in names], examples
+    return [probe_row(name, areas[name, 0], areas[name, 1], kinds) for name in names], examples
 
 
-def probe_row(name, without, with_bridges) -> dict:
-    """{ref_id: AUC} at strength 0 and as trained → the means and the gain, in percent."""
-    refs = sorted(with_bridges)
+def probe_row(name, without, with_bridges, kinds) -> dict:
+    """{ref_id: AUC} at strength 0 and as trained → the means and the gain, in percent, by kind, too.
+
+    kinds: {ref_id: kind of its sentence}, of data that has kinds.
+    """
+    row = {"row": f"probe {name}", **areas_and_gain(without, with_bridges, sorted(with_bridges))}
+    row["kinds"] = {}
+    for kind in sorted(set(kinds.values())):
+        refs = sorted(ref for ref in with_bridges if kinds[ref] == kind)
+        row["kinds"][kind] = areas_and_gain(without, with_bridges, refs)
+    return row
+
+
+def areas_and_gain(without, with_bridges, refs) -> dict:
+    """Means over these objects, and the gain's interval."""
     if not refs:
-        return {"row": f"probe {name}", "images": 0}
+        return {"images": 0}
     before = np.array([100 * without[ref] for ref in refs])
     after = np.array([100 * with_bridges[ref] for ref in refs])
     low, high = interval(after - before, refs)
     return {
-        "row": f"probe {name}",
         "AUC": float(after.mean()),
         "AUC_without": float(before.mean()),
         "gain": float((after - before).mean()),
@@ -504,31 +521,33 @@ def probe_row(name, without, with_bridges) -> dict:
 def table_of(rows) -> str:
     """Markdown: streams and partners, then the probe."""
     kinds = sorted({kind for row in rows for kind in row.get("kinds", ())})
-    columns = ["what reaches the encoders", "oIoU", "mIoU", "drop (95 %)", *kinds]
+    columns = ["what reaches the encoders", "sentences", "oIoU", "mIoU", "drop (95 %)", *kinds]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         if "mIoU" not in row:
             continue
-        cells = [row["row"], f"{row['oIoU']:.1f}", f"{row['mIoU']:.1f}", drop_cell(row)]
-        cells += [drop_cell(row["kinds"].get(kind, {})) for kind in kinds]
+        count = f"{row['sentences']:,}"
+        cells = [row["row"], count, f"{row['oIoU']:.1f}", f"{row['mIoU']:.1f}", cell(row, "drop")]
+        cells += [cell(row["kinds"].get(kind, {}), "drop") for kind in kinds]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| probe: is it here? | AUC | without bridges | gain (95 %) |",
-        "|---|---|---|---|",
-    ]
+
+    columns = ["probe: is it here?", "images", "AUC", "without bridges", "gain (95 %)", *kinds]
+    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
-        if "AUC" in row:
-            gain = f"{row['gain']:.1f} ({row['low']:.1f} … {row['high']:.1f})"
-            lines.append(f"| {row['row']} | {row['AUC']:.1f} | {row['AUC_without']:.1f} | {gain} |")
+        if "AUC" not in row:
+            continue
+        areas = [f"{row['AUC']:.1f}", f"{row['AUC_without']:.1f}"]
+        cells = [row["row"], f"{row['images']:,}", *areas, cell(row, "gain")]
+        cells += [cell(row["kinds"].get(kind, {}), "gain") for kind in kinds]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def drop_cell(row) -> str:
+def cell(row, name) -> str:
     """2.5 (1.9 … 3.1)"""
-    if "drop" not in row:
+    if name not in row:
         return "–"
-    return f"{row['drop']:.1f} ({row['low']:.1f} … {row['high']:.1f})"
+    return f"{row[name]:.1f} ({row['low']:.1f} … {row['high']:.1f})"
 
 
 LABELS = {
@@ -556,6 +575,7 @@ def draw(rows, path):
 def draw_drops(axis, rows):
     """A bar for each stream that is cut and each partner that is swapped."""
     named = [row for row in rows if row["row"] in LABELS or row["row"].startswith("stage")]
+    named = [row for row in named if "drop" in row]  # not a partner that no sentence has
     values = [row["drop"] for row in named]
     errors = [
         [row["drop"] - row["low"] for row in named],
@@ -649,22 +669,25 @@ def main(argv=None):
     all_rows = []
     for checkpoint in args.checkpoints:
         model = set_fast(load_checkpoint(checkpoint, args.weights, device))
-        test_set = open_dataset(args.dataset, args.split, args.data, args.limit, model.size)
+        test_set = open_dataset(args.dataset, args.split, args.data, side=model.size)
         train_set = open_dataset(args.dataset, "train", args.data, 2 * args.limit, model.size)
         rows = measure(model, test_set, device, limit=args.limit)
         probe_rows, examples = linear_probe(model, train_set, test_set, device, limit=args.limit)
         rows += probe_rows
-        print(f"\n{checkpoint}, {test_set.name} {test_set.split}, {len(test_set)} objects")
+        count = min(args.limit, len(test_set))
+        print(f"\n{checkpoint}, {test_set.name} {test_set.split}, {count} objects")
         print(table_of(rows))
-        if not all_rows and args.figure:
-            draw(rows, args.figure)
-        if not all_rows and args.heat_maps:
-            draw_heat_maps(examples, test_set, args.heat_maps)
+
         facts = provenance(0, model.backbone.identity)
         facts |= {"dataset": test_set.name, "split": test_set.split, "limit": args.limit}
-        all_rows += [{**row, "checkpoint": checkpoint, **facts} for row in rows]
-    if args.json:
-        write_file(args.json, json.dumps(all_rows, indent=1).encode())
+        empty = dict.fromkeys(COLUMNS)
+        all_rows += [{**empty, **row, "checkpoint": checkpoint, **facts} for row in rows]
+        if args.json:  # after each checkpoint, and before anything is drawn
+            write_file(args.json, json.dumps(all_rows, indent=1).encode())
+        if checkpoint == args.checkpoints[0] and args.figure:
+            draw(rows, args.figure)
+        if checkpoint == args.checkpoints[0] and args.heat_maps:
+            draw_heat_maps(examples, test_set, args.heat_maps)
 
 
 if __name__ == "__main__":

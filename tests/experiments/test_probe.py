@@ -8,12 +8,16 @@ import torch
 from torch import nn
 
 from checkpoint import build_model, save_checkpoint
-from clip_model import load_clip
+from clip_model import CLIP, build_clip, load_clip
 from data import Sample
+from etris import build_etris
 from experiments import probe
 from experiments.probe import linear_probe, measure, set_strength, tapped
+from methods.published import to_official
+from tests.test_etris import RESNET, VIT
 from toy.scenes import draw_scene
 from train import arguments
+from utils.clip_weights import init_by_name
 from utils.common import UserError
 from utils.tokenizer import tokenize
 
@@ -225,10 +229,41 @@ def test_command_writes_rows_and_pictures(tmp_path, capsys):
     assert names[:4] == ["none", "image only", "text only", "both"]
     assert set(names) >= {"stage 0", "stage 2", "strength 1.5", "other image", "probe decoder"}
     assert {row["checkpoint"] for row in rows} == {str(path)}
-    kinds = rows[0]["kinds"]
-    assert sum(kind["sentences"] for kind in kinds.values()) == rows[0]["sentences"]
+    for row in rows:
+        count = "images" if row["row"].startswith("probe") else "sentences"
+        assert sum(kind[count] for kind in row["kinds"].values()) == row[count]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files[1:])
     assert "| other sentence |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [RESNET, VIT])
+def test_command_asks_a_published_file_on_refcoco(kind, refer_tree, monkeypatch, capsys):
+    """As the authors' best_model.pth. One object per image: another sentence has no partner."""
+    clip = build_clip(init_by_name(CLIP(kind).state_dict()))
+    state = to_official(build_etris(clip, 416, 17, released=True))
+    path = refer_tree / "best_model.pth"
+    torch.save({"state_dict": state, "epoch": 1}, path)
+    files = [refer_tree / "rows.json", refer_tree / "rows.png"]
+    probe.main(
+        [str(path), "--dataset", "refcoco", "--split", "train", "--data", str(refer_tree)]
+        + ["--device", "cpu", "--limit", "2", "--json", str(files[0]), "--figure", str(files[1])]
+    )
+    rows = {row["row"]: row for row in json.loads(files[0].read_text())}
+    for row in rows.values():
+        assert set(row) >= {"row", "checkpoint", "oIoU", "mIoU", "drop", "low", "high", "AUC"}
+    assert rows["other sentence"]["sentences"] == 0
+    assert rows["other sentence"]["drop"] is None
+    assert rows["other image"]["drop"] is not None
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    assert "| both | 4 |" in capsys.readouterr().out
+
+
+def test_another_sentence_is_looked_for_in_the_whole_split():
+    squares = Squares(2)
+    assert probe.other_sentences(squares, 1) == {0: "right"}
+    alone = Squares(1)
+    del alone.samples[1]
+    assert probe.other_sentences(alone, 1) == {0: None}
 
 
 def test_a_model_without_a_bridger_is_one_line():
