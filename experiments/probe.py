@@ -488,7 +488,7 @@ def linear_probe(model, train_set, test_set, device="cpu", *, limit=200, progres
 
 
 def probe_row(name, without, with_bridges, kinds) -> dict:
-    """{ref_id: AUC} at strength 0 and as trained → the means and the gain, in percent, by kind, too.
+    """{ref_id: AUC} at strength 0 and as trained → means and gain in percent, by kind, too.
 
     kinds: {ref_id: kind of its sentence}, of data that has kinds.
     """

@@ -617,6 +617,11 @@ T975 = (
 )
 
 
+def t_of(n) -> float:
+    """Student's t, 97.5 %, of n values' mean."""
+    return T975[n - 2] if n - 2 < len(T975) else 1.96 + 2.5 / (n - 1)
+
+
 def interval(differences) -> dict:
     """Paired t: mean, standard deviation over n seeds, 95 % interval of the mean (None for one)."""
     n = len(differences)
@@ -624,8 +629,7 @@ def interval(differences) -> dict:
     if n < 2:
         return {"mean": mean, "sd": None, "low": None, "high": None, "seeds": n}
     deviation = statistics.stdev(differences)
-    t = T975[n - 2] if n - 2 < len(T975) else 1.96 + 2.5 / (n - 1)
-    half = t * deviation / n**0.5
+    half = t_of(n) * deviation / n**0.5
     return {"mean": mean, "sd": deviation, "low": mean - half, "high": mean + half, "seeds": n}
 
 
@@ -687,6 +691,11 @@ ARM_PAIRS = (  # a row, and the row that it is compared with
 
 
 def paired(runs, row, other, kinds=()) -> dict:
+    """mIoU of a row less that of another: their mean over seeds, and its interval."""
+    return interval(paired_differences(runs, row, other, kinds))
+
+
+def paired_differences(runs, row, other, kinds=()) -> list[float]:
     """mIoU of a row less that of another, seed by seed; over all sentences, or those of `kinds`."""
     groups = by_row(runs)
     differences = []
@@ -695,14 +704,13 @@ def paired(runs, row, other, kinds=()) -> dict:
             differences.append(pooled(run, kinds) - pooled(reference, kinds))
         else:
             differences.append(run["mIoU"] - reference["mIoU"])
-    return interval(differences)
+    return differences
 
 
 def arms_table(runs) -> str:
     """A line for each of ARM_PAIRS: row less row in mIoU, over all sentences, then by kind.
 
-    The last line is the share of ETRIS' gain that is lost where nothing may cross: the interval of
-    ETRIS less mute, divided by the mean gain, as if that had no error of its own.
+    The last line is the share of ETRIS' gain that is lost where nothing may cross.
     """
     groups = by_row(runs)
     kinds = list(groups["ETRIS"][0]["kinds"])
@@ -716,17 +724,43 @@ def arms_table(runs) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     if "mute" in groups:
         cells = [share_cell(runs, kind) for kind in ((), *((kind,) for kind in kinds))]
-        lines.append(f"| ETRIS less mute, % of the mean gain | {' | '.join(cells)} | |")
-    note = "Mean and 95 % interval (paired t) over seeds, on the same test scenes."
+        lines.append(f"| ETRIS less mute, % of the gain | {' | '.join(cells)} | |")
+    note = (
+        "Mean and 95 % interval (paired t; of the share Fieller's, – where the gain's own interval "
+        "contains 0) over seeds, on the same test scenes."
+    )
     return "\n".join([*lines, "", note, ""])
 
 
 def share_cell(runs, kinds) -> str:
     """ETRIS less mute as a share of ETRIS less the frozen backbone, in percent."""
-    gain = paired(runs, "ETRIS", "fix backbone", kinds)["mean"]
-    talk = paired(runs, "ETRIS", "mute", kinds)
-    share = {name: talk[name] and 100 * talk[name] / gain for name in ("mean", "low", "high")}
-    return interval_cell(share, digits=0)
+    gains = paired_differences(runs, "ETRIS", "fix backbone", kinds)
+    talk = paired_differences(runs, "ETRIS", "mute", kinds)
+    share = share_interval(talk, gains)
+    return "–" if share is None else interval_cell(share, digits=0)
+
+
+def share_interval(parts, wholes) -> dict | None:
+    """mean(parts) / mean(wholes) in percent over paired seeds, and Fieller's 95 % interval.
+
+    It holds every share r for which a paired t of part − r · whole does not exclude 0: so the
+    error of both means counts. None where wholes' own interval contains 0: any share fits then.
+    """
+    part = statistics.mean(parts)
+    whole = statistics.mean(wholes)
+    n = len(parts)
+    if n < 2:
+        return {"mean": 100 * part / whole, "low": None, "high": None} if whole else None
+    # (part − r · whole)² ≤ t² · variance of their mean: a r² − 2 b r + c ≤ 0
+    factor = t_of(n) ** 2 / n
+    a = whole**2 - factor * statistics.variance(wholes)
+    b = whole * part - factor * statistics.covariance(wholes, parts)
+    c = part**2 - factor * statistics.variance(parts)
+    if a <= 0:
+        return None
+    root = (b**2 - a * c) ** 0.5
+    shares = {"mean": part / whole, "low": (b - root) / a, "high": (b + root) / a}
+    return {name: 100 * share for name, share in shares.items()}
 
 
 def interval_cell(x, digits=2) -> str:

@@ -537,7 +537,7 @@ def probe_map(probe, features) -> np.ndarray:
 def look(model, image, sentence, strength) -> dict:
     """What the model makes of image (H, W, 3) and sentence at a strength of the Bridger.
 
-    strength scales Δv and Δt of every bridge: 0 is plain CLIP, 1 is the model as trained.
+    strength scales Δv and Δt of every bridge: at 0 nothing is added, 1 is the model as trained.
     stage 0 … decoder: features (C, h, w); mask: the probability of every pixel (H, W); and all
     that the model records, by its names (visual0.after, words, sentence …).
     """

@@ -14,6 +14,7 @@ from experiments.tables import (
     interval,
     paired,
     report,
+    share_interval,
     spread,
     talk_table,
 )
@@ -114,8 +115,22 @@ def test_the_share_that_needs_talk_by_hand():
     assert found["mean"] == 2 and found["sd"] == pytest.approx(2**0.5)
     table = arms_table(runs)
     assert "| ETRIS less fix backbone | +11.00 (" in table
-    assert "| ETRIS less mute, % of the mean gain | +18 (" in table
+    assert "| ETRIS less mute, % of the gain | – |" in table  # of two seeds: any share fits
     assert paired(runs, "mute", "fix backbone", ("relation",))["mean"] == 9
+
+
+def test_the_share_has_fiellers_interval():
+    """At its ends a paired t of part − r · whole just excludes 0; None: any share would do."""
+    parts = [1.0, -2.0, 3.0, 1.5, 2.0]
+    wholes = [10.0, 12.0, 9.0, 11.0, 14.0]
+    share = share_interval(parts, wholes)
+    assert share["mean"] == pytest.approx(100 * sum(parts) / sum(wholes))
+    for end in ("low", "high"):
+        rest = [a - share[end] / 100 * b for a, b in zip(parts, wholes, strict=True)]
+        assert interval(rest)[end] == pytest.approx(0, abs=1e-9)
+    assert share_interval(parts, [10.0, -12.0, 9.0, 11.0, 14.0]) is None
+    assert share_interval([1.0], [4.0]) == {"mean": 25.0, "low": None, "high": None}
+    assert share_interval([1.0], [0.0]) is None
 
 
 def test_talk_table_prints_traffic_over_seeds():
