@@ -239,6 +239,7 @@ def test_command_writes_rows_and_pictures(tmp_path, capsys):
 @pytest.mark.parametrize("kind", [RESNET, VIT])
 def test_command_asks_a_published_file_on_refcoco(kind, refer_tree, monkeypatch, capsys):
     """As the authors' best_model.pth. One object per image: another sentence has no partner."""
+    monkeypatch.setattr(probe, "STRENGTHS", (0.5,))  # for time
     clip = build_clip(init_by_name(CLIP(kind).state_dict()))
     state = to_official(build_etris(clip, 416, 17, released=True))
     path = refer_tree / "best_model.pth"
