@@ -118,12 +118,12 @@ def test_the_share_that_needs_talk_by_hand():
     assert found["mean"] == 2 and found["sd"] == pytest.approx(2**0.5)
     table = arms_table(runs)
     assert "| ETRIS less fix backbone | +11.00 (" in table
-    assert "| ETRIS less mute, % of the gain | – |" in table  # of two seeds: any share fits
+    assert "| ETRIS less mute, % of the gain | – |" in table  # of two seeds: no bound
     assert paired(runs, "mute", "fix backbone", ("relation",))["mean"] == 9
 
 
 def test_the_share_has_fiellers_interval():
-    """At its ends a paired t of part − r · whole just excludes 0; None: any share would do."""
+    """At its ends a paired t of part − r · whole just excludes 0; None: no bound."""
     parts = [1.0, -2.0, 3.0, 1.5, 2.0]
     wholes = [10.0, 12.0, 9.0, 11.0, 14.0]
     share = share_interval(parts, wholes)
