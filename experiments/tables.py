@@ -744,7 +744,8 @@ def share_interval(parts, wholes) -> dict | None:
     """mean(parts) / mean(wholes) in percent over paired seeds, and Fieller's 95 % interval.
 
     It holds every share r for which a paired t of part − r · whole does not exclude 0: so the
-    error of both means counts. None where wholes' own interval contains 0: the shares that fit then have no bound.
+    error of both means counts. None where wholes' own interval contains 0: shares have no bound
+    then.
     """
     part = statistics.mean(parts)
     whole = statistics.mean(wholes)
