@@ -17,6 +17,7 @@ import itertools
 import json
 import tempfile
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,6 +231,23 @@ def rank_range(count: int, rank: int, world_size: int) -> range:
     return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 
+@contextmanager
+def evaluation_mode(model):
+    """Dropout is off, BatchNorm takes its running statistics; afterwards all is as it was before.
+
+    cuDNN does not time its convolutions either, so train.py and evaluate.py give the same number.
+    """
+    was_training = model.training
+    was_benchmark = torch.backends.cudnn.benchmark
+    model.eval()
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        torch.backends.cudnn.benchmark = was_benchmark
+
+
 @torch.inference_mode()
 def evaluate(
     model,
@@ -266,11 +284,7 @@ def evaluate(
     rows = []
     seen = []  # (image_id, whether the sentence was truncated)
     skipped = []
-    was_training = model.training
-    model.eval()
-    was_benchmark = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False  # train.py and evaluate.py give the same number
-    try:
+    with evaluation_mode(model):
         items = upload(readable(bar, keep_going, skipped), device)
         for batch in sentence_batches(items, batch_size):
             masks = predict_masks(model, batch, device, threshold, dtype)
@@ -281,9 +295,6 @@ def evaluate(
                 if save_masks:
                     name = f"{rows[-1]['ref_id']}_{rows[-1]['sent_id']}.png"
                     write_png(Path(save_masks, name), mask.cpu().numpy())
-    finally:
-        model.train(was_training)
-        torch.backends.cudnn.benchmark = was_benchmark
 
     rows = all_gather_rows(rows)
     seen = all_gather_rows(seen)
