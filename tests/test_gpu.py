@@ -458,6 +458,7 @@ def test_datasets_travel_to_processes_that_start_anew(refer_tree):
         assert found["sample"] == expected["sample"]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on one core
 def test_an_image_damaged_in_a_loading_process_is_one_line_and_costs_no_step(tmp_path, capsys):
     """Two processes load; the image of the third step is cut off."""
     folder = write_folder(tmp_path / "own", [record(i % 2, ref_id=i) for i in range(6)])
