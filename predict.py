@@ -22,7 +22,7 @@ from PIL import Image
 
 from checkpoint import load_checkpoint
 from data import Letterbox, letterbox, normalize, unletterbox
-from evaluate import THRESHOLD, predict_probabilities
+from evaluate import THRESHOLD, evaluation_mode, predict_probabilities
 from fast import set_fast
 from methods.export import check_export, export_bytes
 from utils.common import (
@@ -92,14 +92,10 @@ def predict_squares(model, squares, tokens) -> torch.Tensor:
     image_index = torch.arange(B).repeat_interleave(K)  # 0 0 0 1 1 1 …
     token_index = torch.arange(K).repeat(B)  # 0 1 2 0 1 2 …
 
-    was_training = model.training
-    model.eval()
-    try:
-        maps = []
+    maps = []
+    with evaluation_mode(model):
         for i, k in zip(image_index.split(BATCH_SIZE), token_index.split(BATCH_SIZE), strict=True):
             maps.append(predict_probabilities(model, images[i], tokens[k]))
-    finally:
-        model.train(was_training)
     return torch.cat(maps).unflatten(0, (B, K))
 
 
