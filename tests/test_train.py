@@ -775,7 +775,8 @@ def test_between_main_and_the_optimizer_stands_one_function(tmp_path, monkeypatc
         if not frames:
             for frame in inspect.stack()[1:]:
                 path = Path(frame.filename)
-                if path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests"):
+                ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts  # .venv
+                if ours and not path.is_relative_to(ROOT / "tests"):
                     frames.append((path.name, frame.function))
         return real(self, *args, **more)
 
